@@ -1,0 +1,317 @@
+"""Frozen models: one interface, ``eps(x_t, t)``, for trained networks and for their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from ood_lib.domains import project_root
+from ood_lib.schedule import NoiseSchedule, from_diffusers
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+__all__ = ["FrozenModel", "linear_model", "load_model", "model_names", "random_model", "zero_model"]
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A noise predictor that is only ever evaluated.
+
+    Parameters
+    ----------
+    name : str
+        Name in the zoo, folder or hub id.
+    family : {"ddpm", "iddpm", "analytic"}
+        Trained with the simple loss, with learned variances, or known in closed form.
+    schedule : NoiseSchedule
+        The noise schedule it was trained with.
+    sample_shape : tuple of int
+        (C, H, W) of one image.
+    predict : callable
+        ``(x_t, t) -> eps`` for a batch in the network's dtype and one timestep.
+    network : UNet2DModel, optional
+        The network behind `predict`, where there is one.
+    dtype : torch.dtype, default float32
+        Precision in which the network runs.
+
+    Examples
+    --------
+    >>> model = zero_model(load_model("ddpm-fashion-32"))
+    >>> model.eps(torch.ones(1, 1, 32, 32), 10).abs().max().item()
+    0.0
+    """
+
+    name: str
+    family: str
+    schedule: NoiseSchedule
+    sample_shape: tuple[int, int, int]
+    predict: Callable[[torch.Tensor, float], torch.Tensor]
+    network: UNet2DModel | None = None
+    dtype: torch.dtype = torch.float32
+
+    def eps(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """Predicted noise in `x_t`, without gradients.
+
+        Parameters
+        ----------
+        x_t : Tensor of shape (N, C, H, W)
+            Noisy images at level `t`.
+        t : float
+            One timestep in [0, T - 1]; it may be fractional.
+
+        Returns
+        -------
+        Tensor of shape (N, C, H, W)
+            The noise, in the dtype of `x_t`.
+
+        Raises
+        ------
+        ValueError
+            If the shape of `x_t` is not the model's.
+        """
+        self.check(x_t)
+        with torch.inference_mode():
+            return self.predict(x_t, t).to(x_t.dtype)
+
+    def check(self, images: torch.Tensor) -> None:
+        """Raise ValueError unless `images` is a batch of the model's shape."""
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}; give a torch Tensor (N, C, H, W)"
+            )
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.sample_shape:
+            raise ValueError(
+                f"model {self.name!r} takes (N, {', '.join(map(str, self.sample_shape))}), not "
+                f"{tuple(images.shape)}; load_images(..., like=model) converts size and channels"
+            )
+
+
+def model_names(root: Path | None = None) -> list[str]:
+    """Names of the models in ``data/zoo``, sorted.
+
+    Parameters
+    ----------
+    root : Path, optional
+        Project folder; found by `project_root` by default.
+
+    Returns
+    -------
+    list of str
+        One name for each folder with a ``model_index.json``.
+
+    Examples
+    --------
+    >>> "ddpm-fashion-32" in model_names()
+    True
+    """
+    zoo = (root or project_root()) / "data" / "zoo"
+    return sorted(path.parent.name for path in zoo.glob("*/model_index.json"))
+
+
+def _pipeline_folder(name: str) -> Path:
+    """Find the diffusers folder of a zoo name, a path or a hub id."""
+    zoo = project_root() / "data" / "zoo" / name
+    for folder in (zoo, Path(name)):
+        if (folder / "model_index.json").is_file():
+            return folder
+    if Path(name).is_dir():
+        raise ValueError(f"{name} has no model_index.json; give a diffusers pipeline folder")
+    if name.count("/") != 1:
+        known = ", ".join(model_names())
+        raise ValueError(
+            f"unknown model {name!r}; known are {known}, or give a diffusers folder or owner/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r} could not be fetched from the hub ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_model(name: str, *, device: str = "cpu") -> FrozenModel:
+    """Load a frozen model.
+
+    Parameters
+    ----------
+    name : str
+        A name of ``data/zoo``, a diffusers pipeline folder, or a hub id ``owner/model``.
+    device : str, default "cpu"
+        A torch device.
+
+    Returns
+    -------
+    FrozenModel
+        The model in float32, evaluation mode, gradients off.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, a file is missing, or a weight is not finite.
+
+    Examples
+    --------
+    >>> load_model("ddpm-fashion-32").sample_shape
+    (1, 32, 32)
+    """
+    folder = _pipeline_folder(name)
+    scheduler, network = _read_parts(folder)
+    bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"model {name!r} has weights that are not finite: {', '.join(bad[:3])}")
+    kind = scheduler.config.prediction_type
+    return _from_network(Path(name).name, network.to(device), kind, from_diffusers(scheduler))
+
+
+def _read_parts(folder: Path) -> tuple[DDPMScheduler, UNet2DModel]:
+    """Read scheduler and network; a part that is missing, cut or incomplete is named."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    for part in ("scheduler/scheduler_config.json", "unet/config.json", WEIGHTS):
+        if not (folder / part).is_file():
+            raise ValueError(f"{folder} lacks {part}; give a whole diffusers pipeline folder")
+    try:
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        network, info = UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read as a model ({error})") from error
+    if info["missing_keys"]:
+        raise ValueError(f"{folder}/{WEIGHTS} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+    return scheduler, network
+
+
+def _from_network(
+    name: str, network: UNet2DModel, prediction_type: str, schedule: NoiseSchedule
+) -> FrozenModel:
+    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    channels, side = network.config.in_channels, network.config.sample_size
+    if network.config.out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"{name!r} maps {channels} to {network.config.out_channels} channels; C to C or 2C is known"
+        )
+    to_eps = _converter(prediction_type)
+
+    def predict(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        batch = x_t.float().contiguous(memory_format=torch.channels_last)
+        timesteps = torch.full((len(batch),), float(t), device=batch.device)
+        out = network(batch, timesteps).sample[:, :channels]  # the rest is the learned variance
+        return to_eps(out.to(x_t.dtype), x_t, float(schedule.alpha_bar_at(t)))
+
+    height, width = (side, side) if isinstance(side, int) else side
+    family = "iddpm" if network.config.out_channels == 2 * channels else "ddpm"
+    return FrozenModel(name, family, schedule, (channels, height, width), predict, network)
+
+
+def _converter(prediction_type: str) -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """Turn a prediction into eps with the alpha_bar of the level that was queried."""
+    converters: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+        "epsilon": lambda out, x_t, ab: out,
+        "sample": lambda out, x_t, ab: (x_t - np.sqrt(ab) * out) / np.sqrt(1 - ab),
+        "v_prediction": lambda out, x_t, ab: np.sqrt(ab) * out + np.sqrt(1 - ab) * x_t,
+    }
+    if prediction_type not in converters:
+        raise ValueError(
+            f"prediction_type {prediction_type!r} is not known; use {', '.join(converters)}"
+        )
+    return converters[prediction_type]
+
+
+def zero_model(like: FrozenModel) -> FrozenModel:
+    """Control that predicts no noise: its latents are the scaled images.
+
+    Parameters
+    ----------
+    like : FrozenModel
+        Gives schedule and shape.
+
+    Returns
+    -------
+    FrozenModel
+        ``eps`` is zero everywhere.
+
+    Examples
+    --------
+    >>> zero_model(load_model("ddpm-fashion-32")).name
+    'zero'
+    """
+    return FrozenModel(
+        "zero", "analytic", like.schedule, like.sample_shape, lambda x_t, t: torch.zeros_like(x_t)
+    )
+
+
+def random_model(like: FrozenModel, *, seed: int) -> FrozenModel:
+    """Control with the architecture of `like` and fresh weights.
+
+    Parameters
+    ----------
+    like : FrozenModel
+        A model with a network.
+    seed : int
+        Source of the weights.
+
+    Returns
+    -------
+    FrozenModel
+        The untrained model.
+
+    Raises
+    ------
+    ValueError
+        If `like` has no network.
+
+    Examples
+    --------
+    >>> random_model(load_model("ddpm-fashion-32"), seed=3).name
+    'random-3'
+    """
+    if like.network is None:
+        raise ValueError(f"model {like.name!r} has no network to draw fresh weights for")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = type(like.network).from_config(like.network.config)
+    return _from_network(f"random-{seed}", network, "epsilon", like.schedule)
+
+
+def linear_model(images: torch.Tensor, like: FrozenModel) -> FrozenModel:
+    """Control that knows only mean and covariance: the optimal eps of the Gaussian fitted to images.
+
+    Parameters
+    ----------
+    images : Tensor of shape (N, C, H, W)
+        Training images in [-1, 1].
+    like : FrozenModel
+        Gives schedule and shape.
+
+    Returns
+    -------
+    FrozenModel
+        The model in closed form, family "analytic".
+
+    Raises
+    ------
+    ValueError
+        If the images do not have the model's shape.
+
+    Examples
+    --------
+    >>> from ood_lib.domains import load_images
+    >>> model = load_model("ddpm-fashion-32")
+    >>> linear_model(load_images("fashion", split="train", like=model), model).name
+    'linear'
+    """
+    from ood_lib.analytic import GaussianLaw, analytic_model
+
+    like.check(images)
+    law = GaussianLaw.fit(images.flatten(1))
+    return analytic_model(law, like.schedule, sample_shape=like.sample_shape, name="linear")
