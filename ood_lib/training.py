@@ -1,0 +1,466 @@
+"""Train a DDPM on one domain: resumable, seeded, logged, saved as a diffusers pipeline folder.
+
+Every random choice of step ``k`` comes from a generator seeded by ``(seed, k)``, so a run that was
+killed and resumed sees the same batches, timesteps and noise as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from ood_lib.inversion import generate
+from ood_lib.models import load_model
+from ood_lib.plotting import error_curves, image_rows
+from ood_lib.schedule import uniform_log_sigma
+
+__all__ = ["Recipe", "fast_precision", "learning_rate", "train", "training_batch", "write_card"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run is: network, data order, optimiser. Everything that the weights depend on.
+
+    Parameters
+    ----------
+    images_seen : int
+        Length of the run in training images.
+    batch_size : int
+        Images a step.
+    lr : float
+        Peak learning rate of AdamW, reached after `warmup` steps, then a half cosine to zero.
+    warmup : int
+        Steps of linear warm-up.
+    ema_decay : float
+        Largest decay of the exponential moving average of the weights.
+    channels : tuple of int
+        Width of each resolution level of the `UNet2DModel`; attention in the last.
+    layers : int
+        Residual blocks a level.
+    groups : int
+        Groups of the group norms.
+    head_dim : int
+        Width of an attention head.
+    precision : {"fp32", "bf16"}
+        Arithmetic of the forward pass; "bf16" runs under autocast. See `fast_precision`.
+    seed : int
+        Source of the initial weights, data order, timesteps and noise.
+
+    Examples
+    --------
+    >>> Recipe(images_seen=640, batch_size=64).steps
+    10
+    """
+
+    images_seen: int = 409_600
+    batch_size: int = 64
+    lr: float = 6e-4
+    warmup: int = 200
+    ema_decay: float = 0.998
+    channels: tuple[int, ...] = (24, 48, 104)
+    layers: int = 1
+    groups: int = 8
+    head_dim: int = 52
+    precision: str = "fp32"
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return math.ceil(self.images_seen / self.batch_size)
+
+
+def fast_precision(device: str = "cpu") -> str:
+    """Name the faster arithmetic for training here.
+
+    Processors without bf16 matrix units run bf16 convolutions slower than fp32 ones.
+
+    Parameters
+    ----------
+    device : str, default "cpu"
+        A torch device type.
+
+    Returns
+    -------
+    str
+        "bf16" on a GPU that supports it and on a processor with AMX, else "fp32".
+
+    Examples
+    --------
+    >>> fast_precision() in ("bf16", "fp32")
+    True
+    """
+    native = (
+        torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
+    )
+    return "bf16" if native else "fp32"
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine to zero.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Gives the peak, the warm-up and the number of steps.
+    step : int
+        Step from 0.
+
+    Returns
+    -------
+    float
+        The learning rate.
+
+    Examples
+    --------
+    >>> learning_rate(Recipe(images_seen=64_000), 1000)
+    0.0
+    """
+    ramp = min(1.0, (step + 1) / recipe.warmup)
+    return recipe.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+
+
+def training_batch(
+    images: np.ndarray, recipe: Recipe, step: int, num_train_timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, timesteps and noise of one step, a function of (seed, step) alone.
+
+    Timesteps come in antithetic pairs ``t, T - 1 - t``, which lowers the variance of the loss.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C)
+        uint8 training images.
+    recipe : Recipe
+        Gives seed and batch size.
+    step : int
+        Step from 0.
+    num_train_timesteps : int
+        T.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``x0`` (B, C, H, W) in [-1, 1], ``timesteps`` (B,) and ``noise`` (B, C, H, W).
+
+    Examples
+    --------
+    >>> x0, t, _ = training_batch(np.zeros((9, 8, 8, 1), np.uint8), Recipe(batch_size=4), 0, 1000)
+    >>> x0.shape, bool((t + t.flip(0) == 999).all())
+    (torch.Size([4, 1, 8, 8]), True)
+    """
+    size, first = recipe.batch_size, step * recipe.batch_size
+    positions = np.arange(first, first + size)
+    rows = np.empty(size, int)
+    for epoch in np.unique(positions // len(images)):
+        order = np.random.default_rng((recipe.seed, int(epoch))).permutation(len(images))
+        here = positions // len(images) == epoch
+        rows[here] = order[positions[here] % len(images)]
+    rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    half = torch.randint(num_train_timesteps, ((size + 1) // 2,), generator=rng)
+    timesteps = torch.cat([half, num_train_timesteps - 1 - half.flip(0)])[:size]
+    x0 = (
+        torch.from_numpy(np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2))).float() / 127.5
+        - 1
+    )
+    return x0, timesteps, torch.randn(x0.shape, generator=rng)
+
+
+def _network(recipe: Recipe, image_shape: tuple[int, ...]) -> UNet2DModel:
+    side, _, channels = image_shape
+    levels = len(recipe.channels)
+    torch.manual_seed(recipe.seed)
+    return UNet2DModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=recipe.layers,
+        block_out_channels=recipe.channels,
+        norm_num_groups=recipe.groups,
+        attention_head_dim=recipe.head_dim,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+    ).to(memory_format=torch.channels_last)
+
+
+class _Run:
+    """The state of a training run: network, optimiser, moving average, step, loss log."""
+
+    def __init__(self, images: np.ndarray, recipe: Recipe, device: str) -> None:
+        self.images, self.recipe, self.device = images, recipe, device
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"
+        )
+        self.net = _network(recipe, images.shape[1:]).to(device).train()
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=recipe.lr, weight_decay=0.0)
+        self.ema = EMAModel(
+            self.net.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
+        )
+        self.step, self.seconds, self.losses = 0, 0.0, []
+
+    def advance(self) -> float:
+        """One optimiser step; returns the loss."""
+        x0, t, noise = (
+            a.to(self.device)
+            for a in training_batch(
+                self.images, self.recipe, self.step, self.scheduler.config.num_train_timesteps
+            )
+        )
+        x_t = self.scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            loss = F.mse_loss(self.net(x_t, t).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.ema.step(self.net.parameters())
+        self.step += 1
+        return loss.item()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "recipe": asdict(self.recipe),
+            "net": self.net.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "ema": self.ema.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
+
+    def restore(self, path: Path) -> None:
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if {**saved["recipe"], "channels": tuple(saved["recipe"]["channels"])} != asdict(
+            self.recipe
+        ):
+            raise ValueError(
+                f"{path} holds a run with recipe {saved['recipe']}; remove it or use that recipe"
+            )
+        self.net.load_state_dict(saved["net"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.ema.load_state_dict(saved["ema"])
+        self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
+
+    def ema_network(self) -> UNet2DModel:
+        """Copy the network with the averaged weights."""
+        copy = _network(self.recipe, self.images.shape[1:])
+        self.ema.copy_to(copy.parameters())
+        return copy.eval()
+
+
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    write(partial)
+    partial.replace(path)
+
+
+def train(
+    images: np.ndarray,
+    recipe: Recipe,
+    out: Path,
+    *,
+    work: Path,
+    name: str,
+    device: str = "cpu",
+    checkpoint_every: int = 200,
+    stop_after: int | None = None,
+) -> Path:
+    """Train a DDPM and save the averaged weights as a diffusers pipeline folder.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C)
+        uint8 training images.
+    recipe : Recipe
+        The run.
+    out : Path
+        Folder for the pipeline and ``training.json``, the training record.
+    work : Path
+        Folder for the checkpoint; a run found there is resumed.
+    name : str
+        Name of the data in the training record.
+    device : str, default "cpu"
+        A torch device type.
+    checkpoint_every : int, default 200
+        Steps between checkpoints.
+    stop_after : int, optional
+        Stop at this step, as a kill would; for tests and short trials.
+
+    Returns
+    -------
+    Path
+        `out`, or the checkpoint if the run was stopped before its end.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint in `work` belongs to another recipe.
+
+    Notes
+    -----
+    The simple loss of Ho, Jain, Abbeel, Denoising Diffusion Probabilistic Models, NeurIPS 2020,
+    arXiv:2006.11239, eq. 14, with linear betas from 1e-4 to 2e-2 and T = 1000. The averaged weights at
+    10 % of the run are kept in `work` as ``ema_10_percent.safetensors``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> pixels = np.zeros((8, 8, 8, 1), np.uint8)
+    >>> tiny = Recipe(images_seen=8, batch_size=4, channels=(8, 8), groups=4, head_dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     train(pixels, tiny, Path(folder, "model"), work=Path(folder), name="black").name
+    'model'
+    """
+    run = _Run(images, recipe, device)
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        run.restore(checkpoint)
+    end = min(recipe.steps, stop_after or recipe.steps)
+    tenth = max(1, recipe.steps // 10)
+    started, before = time.perf_counter(), run.seconds
+    bar = tqdm(
+        total=end * recipe.batch_size,
+        initial=run.step * recipe.batch_size,
+        unit="img",
+        mininterval=5,
+    )
+    while run.step < end:
+        run.losses.append(run.advance())
+        run.seconds = before + time.perf_counter() - started
+        bar.update(recipe.batch_size)
+        bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.4f}", refresh=False)
+        if run.step == tenth:
+            weights = {k: v.contiguous() for k, v in run.ema_network().state_dict().items()}
+            _write_atomically(work / "ema_10_percent.safetensors", lambda p: save_file(weights, p))  # noqa: B023
+        if run.step % checkpoint_every == 0 or run.step == end:
+            _write_atomically(checkpoint, lambda p: torch.save(run.state(), p))
+    bar.close()
+    if end < recipe.steps:
+        return checkpoint
+    _save(run, out, name)
+    write_card(out)
+    return out
+
+
+def _save(run: _Run, out: Path, name: str) -> None:
+    DDPMPipeline(unet=run.ema_network(), scheduler=run.scheduler).save_pretrained(out)
+    curve = np.array(run.losses)
+    edges = np.unique(np.linspace(0, len(curve), 101).astype(int))
+    record = {
+        "domain": name,
+        "training_images": len(run.images),
+        "data_sha256": hashlib.sha256(np.ascontiguousarray(run.images).tobytes()).hexdigest(),
+        "images_seen": run.step * run.recipe.batch_size,
+        "parameters": sum(p.numel() for p in run.net.parameters()),
+        "recipe": asdict(run.recipe),
+        "wall_seconds": round(run.seconds),
+        "torch": torch.__version__.split("+")[0],
+        "loss_step": edges[1:].tolist(),
+        "loss": [round(float(curve[a:b].mean()), 5) for a, b in pairwise(edges)],
+    }
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+CARD = """---
+license: mit
+library_name: diffusers
+tags: [unconditional-image-generation, ddpm]
+---
+
+# {name}
+
+A denoising diffusion model of **{domain}** images, {side}x{side} pixels, {channels} channel(s), trained
+from scratch and then frozen. Read it with `DDPMPipeline.from_pretrained` or
+`ood_lib.load_model("{name}")`.
+
+![Uncurated samples](samples.png)
+
+*The first 32 samples of seed 0: deterministic, Heun, 40 points evenly spaced in log sigma, 78 calls.*
+
+![Training loss](loss.png)
+
+| | |
+|---|---|
+| network | UNet2DModel, widths {widths}, {layers} residual block a level, attention in the last |
+| parameters | {parameters:,} |
+| schedule | linear betas from 1e-4 to 2e-2, T = 1000, noise prediction |
+| training images | {training_images:,} of {domain}, sha256 `{data_sha256:.16}...` |
+| training images seen | {images_seen:,} |
+| optimiser | AdamW, peak rate {lr:g} with warm-up and half a cosine, batch {batch_size} |
+| weights | exponential moving average, decay up to {ema_decay} |
+| precision, seed | {precision}, {seed} |
+| wall time | {minutes:.0f} minutes on 2 CPU cores, shared with other work |
+| torch | {torch} |
+
+The record of the run is `training.json`; `ood card {name}` makes this page from it.
+
+**Use.** Study of frozen models: inversion, latents, sampling of domains that the model never saw.
+**Limits.** A small network and a short training at low resolution: samples are recognisable, not
+photographic. It knows nothing but {domain}.
+"""
+
+
+def write_card(folder: Path) -> Path:
+    """Write the model card of a trained folder: ``README.md``, ``samples.png``, ``loss.png``.
+
+    Parameters
+    ----------
+    folder : Path
+        A folder written by `train`.
+
+    Returns
+    -------
+    Path
+        The card.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no training record.
+
+    Examples
+    --------
+    >>> write_card(Path("no-such-model"))
+    Traceback (most recent call last):
+    ValueError: no-such-model has no training.json; give a folder written by ood train
+    """
+    if not (folder / "training.json").is_file():
+        raise ValueError(f"{folder} has no training.json; give a folder written by ood train")
+    record = json.loads((folder / "training.json").read_text())
+    model = load_model(str(folder))
+    noise = torch.randn((32, *model.sample_shape), generator=torch.Generator().manual_seed(0))
+    grid = uniform_log_sigma(model.schedule, 40)
+    samples = generate(model, noise, timesteps=grid, solver="heun").images.float()
+    image_rows({folder.name: samples}, lines=2).savefig(folder / "samples.png")
+    curve = {"mean over 1 % of the run": record["loss"]}
+    error_curves(record["loss_step"], curve, xlabel="step", ylabel="loss").savefig(
+        folder / "loss.png"
+    )
+    channels, side, _ = model.sample_shape
+    recipe = record["recipe"] | {"widths": ", ".join(map(str, record["recipe"]["channels"]))}
+    text = CARD.format_map(
+        recipe
+        | record
+        | {"name": folder.name, "side": side, "minutes": record["wall_seconds"] / 60}
+        | {"channels": channels}
+    )
+    (folder / "README.md").write_text(text)
+    return folder / "README.md"
