@@ -1,0 +1,245 @@
+"""Latents on disk: inverted once, shared by every chapter, checked whenever they are read.
+
+A latent is a tuple (model, images, start, solver, grid, seed); all of it stands in the file's metadata,
+with the sha256 of the model's weights, of the images and of the latents themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ood_lib.domains import load_images, project_root
+from ood_lib.inversion import invert
+from ood_lib.models import FrozenModel, load_model
+from ood_lib.schedule import uniform_log_sigma
+
+__all__ = ["LatentSet", "LatentSpec", "get", "path_of", "read"]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Which latents: the model, the images, and how they are inverted.
+
+    Parameters
+    ----------
+    model : str
+        Name for `load_model`.
+    domain : str
+        Name for `load_images`.
+    split : str, default "fit"
+        Split of the domain.
+    n : int, optional
+        First `n` images; all by default.
+    t_end : float, default 999
+        Level of the latents.
+    points : int, default 24
+        Points of the grid, uniform in log sigma.
+    solver : str, default "ab2"
+        Solver of `invert`.
+    start : str, default "level0"
+        Start of `invert`.
+    seed : int, default 0
+        Source of the noise of ``start="noise"``.
+
+    Examples
+    --------
+    >>> LatentSpec("ddpm-fashion-32", "digits", n=8).t_end
+    999.0
+    """
+
+    model: str
+    domain: str
+    split: str = "fit"
+    n: int | None = None
+    t_end: float = 999.0
+    points: int = 24
+    solver: str = "ab2"
+    start: str = "level0"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents with the images they belong to.
+
+    Parameters
+    ----------
+    latent : Tensor of shape (N, C, H, W)
+        float32.
+    images : Tensor of shape (N, C, H, W)
+        float32 in [-1, 1].
+    spec : LatentSpec
+        How they were made.
+    timesteps : ndarray of shape (points,)
+        The grid.
+    nfe : int
+        Network calls an image.
+    """
+
+    latent: torch.Tensor
+    images: torch.Tensor
+    spec: LatentSpec
+    timesteps: np.ndarray
+    nfe: int
+
+
+def path_of(spec: LatentSpec) -> Path:
+    """File of a set of latents under ``runs/latents``.
+
+    Parameters
+    ----------
+    spec : LatentSpec
+        Which latents.
+
+    Returns
+    -------
+    Path
+        A readable name with a short hash of the whole specification.
+
+    Examples
+    --------
+    >>> path_of(LatentSpec("ddpm-fashion-32", "digits")).parent.name
+    'ddpm-fashion-32'
+    """
+    key = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:10]
+    model, domain = Path(spec.model).name, Path(spec.domain).name
+    name = f"{domain}-{spec.split}-t{spec.t_end:g}-{spec.solver}-{key}.safetensors"
+    return project_root() / "runs" / "latents" / model / name
+
+
+def _sha256(array: torch.Tensor) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array.numpy()).tobytes()).hexdigest()
+
+
+def _weights_sha256(model: FrozenModel) -> str:
+    digest = hashlib.sha256(model.schedule.alpha_bar.tobytes())
+    for key, value in sorted(model.network.state_dict().items()) if model.network else ():
+        digest.update(key.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _identity(spec: LatentSpec, model: FrozenModel, images: torch.Tensor) -> dict[str, str]:
+    return {
+        "spec": json.dumps(asdict(spec), sort_keys=True),
+        "model_sha256": _weights_sha256(model),
+        "images_sha256": _sha256(images),
+        "precision": "state float64, network float32, stored float32",
+    }
+
+
+def read(path: Path, expected: dict[str, str]) -> tuple[torch.Tensor, dict[str, str]]:
+    """Read a file of latents and check it against what it should hold.
+
+    Parameters
+    ----------
+    path : Path
+        A file written by `get`.
+    expected : dict
+        Metadata that must match: specification and hashes of model and images.
+
+    Returns
+    -------
+    tuple
+        The latents and the metadata of the file.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or belongs to another model, other images or another setting.
+
+    Examples
+    --------
+    >>> read(Path("missing.safetensors"), {})
+    Traceback (most recent call last):
+    ValueError: missing.safetensors cannot be read as latents (...); remove it and run again
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, latent = file.metadata(), file.get_tensor("latent")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as latents ({error}); remove it and run again"
+        ) from error
+    wrong = [key for key, value in expected.items() if metadata.get(key) != value]
+    if wrong:
+        raise ValueError(f"{path} was made with another {wrong[0]}; remove it and run again")
+    if metadata["latent_sha256"] != _sha256(latent):
+        raise ValueError(f"{path} does not match its own checksum; remove it and run again")
+    return latent, metadata
+
+
+def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = False) -> LatentSet:
+    """Read latents from disk, or invert the images and write them.
+
+    Parameters
+    ----------
+    spec : LatentSpec
+        Which latents.
+    model : FrozenModel, optional
+        The model of `spec`, if it is loaded already.
+    progress : bool, default False
+        Show a progress bar while inverting.
+
+    Returns
+    -------
+    LatentSet
+        Latents and images.
+
+    Raises
+    ------
+    ValueError
+        If the specification is wrong or the file on disk does not belong to it.
+
+    Examples
+    --------
+    >>> get(LatentSpec("ddpm-fashion-32", "digits", n=2, points=2)).latent.shape
+    torch.Size([2, 1, 32, 32])
+    """
+    model = model or load_model(spec.model)
+    images = load_images(spec.domain, n=spec.n, split=spec.split, like=model)
+    identity, path = _identity(spec, model, images), path_of(spec)
+    if not path.exists():
+        _write(path, identity, spec, model, images, progress)
+    latent, metadata = read(path, identity)
+    return LatentSet(
+        latent, images, spec, np.array(json.loads(metadata["timesteps"])), int(metadata["nfe"])
+    )
+
+
+def _write(
+    path: Path,
+    identity: dict[str, str],
+    spec: LatentSpec,
+    model: FrozenModel,
+    images: torch.Tensor,
+    progress: bool,
+) -> None:
+    grid = uniform_log_sigma(model.schedule, spec.points, t_end=spec.t_end)
+    generator = torch.Generator().manual_seed(spec.seed)
+    made = invert(
+        model,
+        images,
+        timesteps=grid,
+        solver=spec.solver,
+        start=spec.start,
+        generator=generator,
+        progress=progress,
+    )
+    latent = made.latent.float().contiguous()
+    extra = {
+        "timesteps": json.dumps(grid.tolist()),
+        "nfe": str(made.nfe),
+        "latent_sha256": _sha256(latent),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    save_file({"latent": latent}, partial, metadata={**identity, **extra})
+    partial.replace(path)
