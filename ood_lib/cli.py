@@ -1,0 +1,144 @@
+"""The command ``ood``: train, build domains, invert, run chapters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+domains_app = typer.Typer(no_args_is_help=True, help="Shipped image sets.")
+chapter_app = typer.Typer(no_args_is_help=True, help="Run chapters and tell which are stale.")
+app.add_typer(domains_app, name="domains")
+app.add_typer(chapter_app, name="chapter")
+
+
+@app.command()
+def models() -> None:
+    """List the frozen models in data/zoo."""
+    from ood_lib.models import load_model, model_names
+
+    for name in model_names():
+        model = load_model(name)
+        parameters = sum(p.numel() for p in model.network.parameters())
+        typer.echo(
+            f"{name}  {model.family}  {'x'.join(map(str, model.sample_shape))}  {parameters:,} parameters"
+        )
+
+
+@app.command()
+def train(
+    domain: Annotated[str, typer.Argument(help="domain with a training set: fashion or digits")],
+    out: Annotated[Path, typer.Option(help="pipeline folder to write")],
+    images_seen: Annotated[int, typer.Option(help="length of the run in images")] = 409_600,
+    batch_size: Annotated[int, typer.Option(help="images a step")] = 64,
+    seed: Annotated[int, typer.Option(help="weights, data order, timesteps, noise")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+) -> None:
+    """Train a DDPM on a domain; a killed run goes on where its last checkpoint stands."""
+    from ood_lib import training
+    from ood_lib.domains import project_root, train_images
+
+    chosen = training.fast_precision(device) if precision == "auto" else precision
+    recipe = training.Recipe(
+        images_seen=images_seen, batch_size=batch_size, precision=chosen, seed=seed
+    )
+    work = project_root() / "runs" / "training" / out.name
+    typer.echo(
+        f"saved {training.train(train_images(domain), recipe, out, work=work, name=domain, device=device)}"
+    )
+
+
+@app.command()
+def card(name: Annotated[str, typer.Argument(help="a model of data/zoo")]) -> None:
+    """Write the card of a model from its training record and fresh samples."""
+    from ood_lib.domains import project_root
+    from ood_lib.training import write_card
+
+    typer.echo(f"wrote {write_card(project_root() / 'data' / 'zoo' / name)}")
+
+
+@app.command()
+def invert(
+    model: Annotated[str, typer.Argument(help="zoo name, diffusers folder or hub id")],
+    domain: Annotated[str, typer.Argument(help="domain, image folder or hub dataset")],
+    split: Annotated[str, typer.Option(help="split of the domain")] = "fit",
+    n: Annotated[int | None, typer.Option(help="first n images; all by default")] = None,
+    t_end: Annotated[float, typer.Option(help="level of the latents")] = 999.0,
+    points: Annotated[int, typer.Option(help="points of the grid, uniform in log sigma")] = 24,
+    solver: Annotated[str, typer.Option(help="ab2, heun or ddim")] = "ab2",
+    start: Annotated[str, typer.Option(help="level0, sigma0 or noise")] = "level0",
+    seed: Annotated[int, typer.Option(help="noise of --start noise")] = 0,
+) -> None:
+    """Invert the images of a domain and keep the latents in runs/latents."""
+    from ood_lib import latents
+
+    spec = latents.LatentSpec(model, domain, split, n, t_end, points, solver, start, seed)
+    made = latents.get(spec, progress=True)
+    typer.echo(
+        f"{len(made.latent)} latents, {made.nfe} network calls an image: {latents.path_of(spec)}"
+    )
+
+
+@domains_app.command("build")
+def build(
+    name: Annotated[str, typer.Argument(help="fashion, digits, faces, textures or galaxies")],
+    source: Annotated[
+        Path | None, typer.Option(help="folder with the package's data files")
+    ] = None,
+) -> None:
+    """Build data/domains/NAME.npz and its datasheet entry from the package it comes from."""
+    from ood_lib.domains import build_domain
+
+    typer.echo(f"wrote {build_domain(name, source=source)}")
+
+
+@domains_app.command("list")
+def list_domains() -> None:
+    """List the shipped domains."""
+    from ood_lib.domains import domain_names
+
+    typer.echo("\n".join(domain_names()))
+
+
+@chapter_app.command("run")
+def run_chapter(
+    slug: Annotated[str, typer.Argument(help="name of a notebook without its ending")],
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", help="name=value; a run with any is not published")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where the executed notebook goes")] = None,
+    scale: Annotated[str, typer.Option(help="book or quick")] = "book",
+) -> None:
+    """Execute a chapter: published in book/chapters, or into runs/ when parameters are given."""
+    from ood_lib import chapters
+
+    params = chapters.parse_parameters(slug, parameter or [])
+    made = chapters.run_chapter(slug, out=out, params=params, scale=scale, progress=True)
+    typer.echo(f"wrote {made}")
+
+
+@chapter_app.command("stale")
+def stale() -> None:
+    """Print the chapters whose published copy is not what their sources would give."""
+    from ood_lib import chapters
+
+    typer.echo("\n".join(chapters.stale_chapters()))
+
+
+def main() -> None:
+    """Run the command; a wrong input is one sentence on stderr and exit status 2."""
+    from ood_lib.chapters import ChapterFailed
+
+    try:
+        app()
+    except (ValueError, FileNotFoundError, ChapterFailed) as error:
+        typer.echo(f"ood: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
