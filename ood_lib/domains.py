@@ -408,7 +408,7 @@ def _peaks(brightness: np.ndarray, side: int) -> np.ndarray:
     return peak_local_max(
         smooth,
         min_distance=10,
-        threshold_abs=float(np.median(smooth)) + 10,
+        threshold_abs=float(np.median(smooth)) + 16,
         exclude_border=side // 2,
     )
 
@@ -513,7 +513,8 @@ def build_domain(name: str, *, source: Path | None = None, out: Path | None = No
     entry = _source(name)
     folder = out or project_root() / "data" / "domains"
     groups = entry.read(source or Path(entry.folder))
-    images = np.concatenate([_to_square(group) for group in groups.values()])
+    rng = np.random.default_rng(0)  # shuffled, so that the first n are a fair choice of any source
+    images = np.concatenate([rng.permutation(_to_square(group)) for group in groups.values()])
     split = np.repeat(list(groups), [len(group) for group in groups.values()])
     path = folder / f"{name}.npz"
     np.savez_compressed(path, images=images, split=split)

@@ -65,6 +65,9 @@ class LatentSpec:
     start: str = "level0"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "t_end", float(self.t_end))
+
 
 @dataclass(frozen=True)
 class LatentSet:

@@ -30,6 +30,7 @@ __all__ = [
     "Criterion",
     "Verdict",
     "glue_values",
+    "glue_verdicts",
     "judge",
     "ledger",
     "ledger_files",
@@ -775,3 +776,22 @@ def glue_values(values: Mapping[str, Any]) -> None:
                 f"glue value {name!r} is a {type(value).__name__}; give one number or text"
             )
         glue(name, plain, display=False)
+
+
+def glue_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Store value, bar and verdict of each criterion under names that the prose can quote.
+
+    Parameters
+    ----------
+    verdicts : sequence of Verdict
+        Criterion ``X.y`` gives ``X.y.value`` (three significant digits), ``X.y.bar`` and
+        ``X.y.verdict``.
+
+    Examples
+    --------
+    >>> glue_verdicts([])
+    """
+    for verdict in verdicts:
+        name = verdict.criterion.id
+        glue_values({f"{name}.value": f"{verdict.value:.3g}", f"{name}.verdict": verdict.verdict})
+        glue_values({f"{name}.bar": f"{verdict.criterion.threshold:g}"})

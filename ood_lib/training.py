@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ood_lib.inversion import generate
 from ood_lib.models import load_model
-from ood_lib.plotting import error_curves, image_rows
+from ood_lib.plotting import error_curves, image_rows, use_style
 from ood_lib.schedule import uniform_log_sigma
 
 __all__ = ["Recipe", "fast_precision", "learning_rate", "train", "training_batch", "write_card"]
@@ -449,7 +449,8 @@ def write_card(folder: Path) -> Path:
     noise = torch.randn((32, *model.sample_shape), generator=torch.Generator().manual_seed(0))
     grid = uniform_log_sigma(model.schedule, 40)
     samples = generate(model, noise, timesteps=grid, solver="heun").images.float()
-    image_rows({folder.name: samples}, lines=2).savefig(folder / "samples.png")
+    use_style()
+    image_rows({"uncurated samples": samples}, lines=2).savefig(folder / "samples.png")
     curve = {"mean over 1 % of the run": record["loss"]}
     error_curves(record["loss_step"], curve, xlabel="step", ylabel="loss").savefig(
         folder / "loss.png"
