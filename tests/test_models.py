@@ -1,0 +1,233 @@
+"""Frozen models: loading, prediction types, controls, and what is said when something is wrong."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ood_lib.domains import load_images
+from ood_lib.models import (
+    FrozenModel,
+    linear_model,
+    load_model,
+    model_names,
+    random_model,
+    zero_model,
+)
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    """Copy of the tiny pipeline that a test may damage."""
+    return shutil.copytree(tiny_folder, tmp_path / "copied")
+
+
+def noisy(model, n=3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *model.sample_shape, generator=generator, dtype=dtype)
+
+
+# the zoo
+
+
+def test_the_zoo_is_listed_and_loaded_by_name_and_by_path(root, fashion):
+    assert "ddpm-fashion-32" in model_names()
+    same = load_model(str(root / "data/zoo/ddpm-fashion-32"))
+    x = noisy(fashion)
+    assert torch.equal(same.eps(x, 100), fashion.eps(x, 100))
+    assert (same.name, same.family, same.sample_shape) == ("ddpm-fashion-32", "ddpm", (1, 32, 32))
+
+
+def test_the_zoo_model_is_frozen(fashion):
+    assert not fashion.network.training
+    assert not any(p.requires_grad for p in fashion.network.parameters())
+    assert not fashion.eps(noisy(fashion), 5).requires_grad
+
+
+def test_the_zoo_model_loads_as_a_diffusers_pipeline(root, fashion):
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(root / "data/zoo/ddpm-fashion-32")
+    x = noisy(fashion)
+    with torch.no_grad():
+        theirs = pipeline.unet(x, 321).sample
+    torch.testing.assert_close(fashion.eps(x, 321), theirs, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(
+        fashion.schedule.alpha_bar, pipeline.scheduler.alphas_cumprod.numpy(), rtol=1e-3
+    )
+
+
+def test_the_zoo_model_is_small_and_documented(root):
+    folder = root / "data/zoo/ddpm-fashion-32"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 8 * 2**20
+    assert {"README.md", "training.json"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.rglob("*.bin"))
+
+
+@pytest.mark.parametrize(("t", "most"), [(100, 0.2), (500, 0.05), (900, 0.02)])
+def test_the_zoo_model_knows_its_own_domain(fashion, t, most):
+    """Mean squared error of the predicted noise; a model that predicts no noise scores 1."""
+    x0 = load_images("fashion", split="heldout", n=32, like=fashion)
+    noise = noisy(fashion, 32)
+    ab = fashion.schedule.alpha_bar[t]
+    x_t = np.sqrt(ab) * x0 + np.sqrt(1 - ab) * noise
+    assert (fashion.eps(x_t, t) - noise).square().mean() < most
+
+
+# prediction types and shapes
+
+
+@pytest.mark.parametrize("t", [0, 37, 500, 999])
+def test_prediction_types_agree_on_what_the_network_meant(factory, tmp_path, t):
+    """x_t = a x0 + s eps and v = a eps - s x0 hold for one network read in three ways."""
+    unet = factory.unet()
+    models = {}
+    for kind in ("epsilon", "sample", "v_prediction"):
+        folder = factory.pipeline(tmp_path / kind, unet, prediction_type=kind)
+        models[kind] = load_model(str(folder))
+    x = noisy(models["epsilon"], dtype=torch.float64)
+    out = models["epsilon"].eps(x, t)
+    ab = models["epsilon"].schedule.alpha_bar[t]
+    a, s = np.sqrt(ab), np.sqrt(1 - ab)
+    torch.testing.assert_close(a * out + s * models["sample"].eps(x, t), x, atol=1e-6, rtol=1e-6)
+    eps = models["v_prediction"].eps(x, t)
+    torch.testing.assert_close(a * eps - s * (x - s * eps) / a, out, atol=1e-4, rtol=1e-4)
+
+
+def test_learned_variances_are_split_off(factory, tmp_path):
+    unet = factory.unet(channels=3, out_channels=6)
+    model = load_model(str(factory.pipeline(tmp_path / "wide", unet)))
+    x = noisy(model)
+    with torch.no_grad():
+        out = unet(x, 10).sample
+    assert (model.family, model.sample_shape) == ("iddpm", (3, 8, 8))
+    torch.testing.assert_close(model.eps(x, 10), out[:, :3], atol=1e-6, rtol=1e-5)
+
+
+def test_a_network_with_other_outputs_is_refused(factory, tmp_path):
+    folder = factory.pipeline(tmp_path / "odd", factory.unet(channels=1, out_channels=3))
+    with pytest.raises(ValueError, match="1 to 3 channels"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eps_keeps_the_dtype_of_the_state_and_runs_at_fractional_timesteps(tiny, dtype):
+    x = noisy(tiny, dtype=dtype)
+    between = tiny.eps(x, 400.5)
+    assert between.dtype == dtype
+    assert (between - tiny.eps(x, 400)).abs().max() < (
+        tiny.eps(x, 300) - tiny.eps(x, 400)
+    ).abs().max()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 9), (2, 3, 8, 8), (1, 8, 8), (2, 64)])
+def test_a_wrong_shape_is_named_with_the_right_one(tiny, shape):
+    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\), not \(" + ", ".join(map(str, shape))):
+        tiny.eps(torch.zeros(shape), 3)
+
+
+# wrong names and damaged folders
+
+
+@pytest.mark.parametrize("name", ["nope", "a/b/c"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="ddpm-fashion-32"):
+        load_model(name)
+
+
+def test_a_hub_id_without_network_is_named():
+    with pytest.raises(ValueError, match="'no-such/model'"):
+        load_model("no-such/model")
+
+
+@pytest.mark.parametrize(
+    "part", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS]
+)
+def test_a_missing_file_is_named(copied, part):
+    (copied / part).unlink()
+    with pytest.raises(ValueError, match=part.split("/")[-1].split(".")[0]):
+        load_model(str(copied))
+
+
+@pytest.mark.parametrize("part", ["scheduler/scheduler_config.json", "unet/config.json", WEIGHTS])
+def test_a_cut_file_is_named(copied, part):
+    whole = (copied / part).read_bytes()
+    (copied / part).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="copied"):
+        load_model(str(copied))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(copied, value):
+    weights = load_file(copied / WEIGHTS)
+    weights["conv_out.weight"][0, 0, 0, 0] = value
+    save_file(weights, copied / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not finite: conv_out\.weight"):
+        load_model(str(copied))
+
+
+def test_a_lacking_tensor_is_never_filled_with_random_numbers(copied):
+    weights = load_file(copied / WEIGHTS)
+    del weights["conv_out.weight"]
+    save_file(weights, copied / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"conv_out\.weight"):
+        load_model(str(copied))
+
+
+def test_an_unknown_prediction_type_lists_the_known_ones(factory, tmp_path):
+    folder = factory.pipeline(tmp_path / "flow", factory.unet())
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"flow"'))
+    with pytest.raises(ValueError, match="'flow' is not known; use epsilon, sample, v_prediction"):
+        load_model(str(folder))
+
+
+# controls
+
+
+def test_random_models_differ_by_seed_and_leave_the_global_generator_alone(tiny):
+    before = torch.get_rng_state()
+    first, again, other = (random_model(tiny, seed=s) for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    x = noisy(tiny)
+    assert torch.equal(first.eps(x, 7), again.eps(x, 7))
+    assert not torch.allclose(first.eps(x, 7), other.eps(x, 7), atol=1e-3)
+    assert not torch.allclose(first.eps(x, 7), tiny.eps(x, 7), atol=1e-3)
+    assert first.sample_shape == tiny.sample_shape
+    assert np.array_equal(first.schedule.alpha_bar, tiny.schedule.alpha_bar)
+
+
+def test_a_random_model_needs_a_network(tiny):
+    with pytest.raises(ValueError, match="'zero' has no network"):
+        random_model(zero_model(tiny), seed=0)
+
+
+def test_the_zero_model_predicts_zero(tiny):
+    model = zero_model(tiny)
+    assert (model.name, model.sample_shape) == ("zero", tiny.sample_shape)
+    assert model.eps(noisy(tiny), 5).abs().max() == 0
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+@pytest.mark.parametrize("n", [6, 40], ids=["n < d", "n > d"])
+def test_the_linear_model_is_the_dense_formula(schedule, n, t):
+    small = FrozenModel("like", "analytic", schedule, (1, 4, 4), torch.zeros_like)
+    images = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (n, 1, 4, 4)))
+    model = linear_model(images, small)
+    flat, ab = images.flatten(1).numpy(), schedule.alpha_bar[t]
+    x = noisy(small, dtype=torch.float64)
+    centred = x.flatten(1).numpy() - np.sqrt(ab) * flat.mean(0)
+    dense = (
+        np.sqrt(1 - ab) * np.linalg.solve(ab * np.cov(flat.T) + (1 - ab) * np.eye(16), centred.T).T
+    )
+    np.testing.assert_allclose(model.eps(x, t).flatten(1).numpy(), dense, rtol=1e-6, atol=1e-7)
+    assert (model.name, model.family) == ("linear", "analytic")
+
+
+def test_the_linear_model_refuses_images_of_another_shape(tiny):
+    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\)"):
+        linear_model(torch.zeros(4, 1, 9, 9), tiny)
