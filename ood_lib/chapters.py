@@ -44,6 +44,7 @@ __all__ = [
     "check_parameters",
     "data_of",
     "expects_verdicts",
+    "figure_of",
     "html_is_fresh",
     "latents_hash",
     "latents_of",
@@ -60,6 +61,11 @@ __all__ = [
 
 PACKAGE = Path(__file__).resolve().parent
 MAX_BYTES = 300_000
+README_FIGURE = (
+    "13_sampling_the_unseen_domain",
+    "fig-13-grid-474",
+    "book/_static/readme_figure.png",
+)
 HTML_STAMP = "_build/html.sha256"
 KINDS = {
     "int": (int,),
@@ -637,9 +643,41 @@ def run_chapter(
         if expects_verdicts(slug):
             notebook.metadata.ood["verdicts"] = _verdicts_hash(slug, written)
         write_text(Path(target), _storable(slug, notebook))
+        if published and slug == README_FIGURE[0]:
+            (project_root() / README_FIGURE[2]).write_bytes(figure_of(slug, README_FIGURE[1]))
         if expects_verdicts(slug) and not published:
             written.replace(Path(target).with_suffix(".json"))
     return Path(target)
+
+
+def figure_of(slug: str, name: str) -> bytes:
+    """Read a figure out of a published chapter.
+
+    Parameters
+    ----------
+    slug : str
+        Name of the chapter.
+    name : str
+        Name of the figure, as in its ``mystnb`` metadata.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+
+    Raises
+    ------
+    ValueError
+        If the chapter has no such figure.
+    """
+    for cell in nbformat.read(published_path(slug), as_version=4).cells:
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+            pictures = [
+                o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})
+            ]
+            if pictures:
+                return b64decode(pictures[0])
+    raise ValueError(f"chapter {slug} has no figure {name!r}")
 
 
 def _lock(name: str) -> FileLock:

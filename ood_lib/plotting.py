@@ -107,7 +107,7 @@ def error_curves(
     xlabel, ylabel : str
         Labels of the axes, with units.
     slopes : sequence of int, optional
-        Orders of convergence to draw as grey guides through the first curve.
+        Orders of convergence to draw as grey guides.
     threshold : float, optional
         Height of a dashed line.
 
@@ -128,9 +128,8 @@ def error_curves(
     top = max(max(y) for y in curves.values())
     for order in slopes:
         style = {1: ":", 2: "--"}.get(order, "-.")
-        ax.loglog(
-            x, top * (x / x[0]) ** -order, color="0.6", ls=style, lw=1, label=f"order {order}"
-        )
+        guide = 0.6 * top * (x / x[0]) ** -order
+        ax.loglog(x, guide, color="0.35", ls=style, lw=1.2, label=f"order {order}")
     if threshold is not None:
         ax.axhline(threshold, color="0.3", ls="--", lw=1, label=f"threshold {threshold:g}")
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -143,7 +142,11 @@ def error_curves(
 
 
 def interval_bars(
-    groups: Mapping[str, Mapping[str, Interval]], *, ylabel: str, threshold: float | None = None
+    groups: Mapping[str, Mapping[str, Interval]],
+    *,
+    ylabel: str,
+    threshold: float | None = None,
+    line: str = "threshold",
 ) -> Figure:
     """Draw estimates with their intervals: one colour an entry, one cluster a group.
 
@@ -155,6 +158,8 @@ def interval_bars(
         Label of the vertical axis, with the unit.
     threshold : float, optional
         Height of a dashed line.
+    line : str, default "threshold"
+        What the dashed line is.
 
     Returns
     -------
@@ -177,7 +182,7 @@ def interval_bars(
         err = np.abs([[e.value - e.low for _, e in here], [e.high - e.value for _, e in here]])
         ax.errorbar(x, y, err, fmt=marker, capsize=3, label=label)
     if threshold is not None:
-        ax.axhline(threshold, color="0.3", ls="--", lw=1, label=f"threshold {threshold:g}")
+        ax.axhline(threshold, color="0.3", ls="--", lw=1, label=f"{line} {threshold:g}")
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set_ylabel(ylabel)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

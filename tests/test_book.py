@@ -104,3 +104,9 @@ def test_the_scorecard_leaves_no_claim_out(html):
     text = body(html, "book/scorecard").get_text(" ")
     shown = set(re.findall(r"\b[TEQ]\d+[a-z]?\b", text))
     assert set(results.load_claims()) <= shown
+
+
+def test_the_figure_of_the_readme_is_the_published_one():
+    slug, name, path = chapters.README_FIGURE
+    assert path in (project_root() / "README.md").read_text("utf-8")
+    assert (project_root() / path).read_bytes() == chapters.figure_of(slug, name)
