@@ -203,8 +203,9 @@ def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = 
 
     Examples
     --------
-    >>> get(LatentSpec("ddpm-fashion-32", "digits", n=2, points=2)).latent.shape
-    torch.Size([2, 1, 32, 32])
+    >>> get(LatentSpec("no-such-model", "digits"))
+    Traceback (most recent call last):
+    ValueError: unknown model 'no-such-model'; known are ...
     """
     model = model or load_model(spec.model)
     images = load_images(spec.domain, n=spec.n, split=spec.split, like=model)
