@@ -56,10 +56,10 @@ def train(
 @app.command()
 def card(name: Annotated[str, typer.Argument(help="a model of data/zoo")]) -> None:
     """Write the card of a model from its training record and fresh samples."""
-    from ood_lib.domains import project_root
+    from ood_lib.models import pipeline_folder
     from ood_lib.training import write_card
 
-    typer.echo(f"wrote {write_card(project_root() / 'data' / 'zoo' / name)}")
+    typer.echo(f"wrote {write_card(pipeline_folder(name))}")
 
 
 @app.command()

@@ -11,10 +11,11 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ def domain_names(root: Path | None = None) -> list[str]:
 
 def _to_float(array: np.ndarray) -> torch.Tensor:
     """Turn uint8 (N, H, W, C) into float32 (N, C, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))).float() / 255
+    return torch.tensor(array.transpose(0, 3, 1, 2)).float() / 255
 
 
 def _read_shipped(name: str, split: str, root: Path) -> torch.Tensor:
@@ -203,12 +204,13 @@ def _decode(image: Image.Image) -> torch.Tensor:
     return _to_float(array.reshape(1, *array.shape[:2], -1))
 
 
-def _open(path: Path) -> torch.Tensor:
+def _open(label: str, source: Path | BytesIO | None) -> torch.Tensor:
+    """Decode one image file; `label` names it in the error."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return _decode(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); mend or remove it") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"{label} is not a readable image ({error}); mend or remove it") from error
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -223,8 +225,8 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
-def _hub_images(name: str, split: str) -> Iterator[torch.Tensor]:
-    """Yield the images of a Hugging Face dataset: a hub id or a folder written by ``save_to_disk``."""
+def _read_dataset(name: str, split: str) -> Any:
+    """Open one split of a Hugging Face dataset: a hub id or a folder written by ``save_to_disk``."""
     try:
         import datasets
     except ImportError as error:
@@ -232,36 +234,60 @@ def _hub_images(name: str, split: str) -> Iterator[torch.Tensor]:
             f"reading dataset {name!r} needs the package: pip install 'ood_lib[hub]'"
         ) from error
     try:
-        if Path(name).is_dir():
-            data = datasets.load_from_disk(name)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(name, split=split)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        if not Path(name).is_dir():
+            return datasets.load_dataset(name, split=split)
+        data = datasets.load_from_disk(name)
+    except (OSError, ValueError, RuntimeError) as error:
         known = ", ".join(domain_names())
         raise ValueError(
             f"dataset {name!r}, split {split!r} cannot be read ({type(error).__name__}: {error}); "
             f"name a hub dataset, an image folder or one of the shipped domains: {known}"
         ) from error
-    columns = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    if isinstance(data, datasets.Dataset):
+        return data
+    if split not in data:
+        raise ValueError(f"dataset {name!r} has no split {split!r}; it has {', '.join(data)}")
+    return data[split]
+
+
+def _dataset_files(
+    name: str, split: str, n: int | None, rng: np.random.Generator | None
+) -> Iterator[tuple[str, Path | BytesIO | None]]:
+    """Yield label and undecoded file of each chosen image of a Hugging Face dataset."""
+    from datasets import Image as ImageColumn
+
+    data = _read_dataset(name, split)
+    columns = [c for c, kind in data.features.items() if isinstance(kind, ImageColumn)]
     if not columns:
         raise ValueError(
             f"dataset {name!r} has no image column; its columns are {', '.join(data.features)}"
         )
-    for row in data:
-        yield _decode(row[columns[0]])
+    data = data.cast_column(columns[0], ImageColumn(decode=False))
+    for i in _choose(len(data), n, rng, name).tolist():
+        stored = data[i][columns[0]] or {}
+        content, path = stored.get("bytes"), stored.get("path")
+        yield f"image {i} of {name}", BytesIO(content) if content else path and Path(path)
 
 
 def _one_size(
-    images: Iterator[torch.Tensor], side: int | None, channels: int | None
+    files: Iterable[tuple[str, Path | BytesIO | None]], side: int | None, channels: int | None
 ) -> torch.Tensor:
-    """Bring decoded images to one size and channel count, those of the first where none is asked for."""
+    """Bring image files to one size and channel count, those of the first where none is asked for."""
     out = []
-    for image in images:
+    for label, source in files:
+        image = _open(label, source)
         side = side or min(image.shape[-2:])
         channels = channels or image.shape[1]
-        out.append(to_channels(resize(image, side), channels))
+        try:
+            out.append(to_channels(resize(image, side), channels))
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
     return torch.cat(out)
+
+
+def _is_image_folder(name: str) -> bool:
+    marks = ("dataset_info.json", "dataset_dict.json")
+    return bool(name) and Path(name).is_dir() and not any((Path(name) / m).exists() for m in marks)
 
 
 def _choose(count: int, n: int | None, rng: np.random.Generator | None, name: str) -> np.ndarray:
@@ -323,17 +349,12 @@ def load_images(
         images = _read_shipped(name, split, root)
         images = images[_choose(len(images), n, rng, name)]
         images = to_channels(resize(images, side or images.shape[-1]), channels or images.shape[1])
-    elif (
-        Path(name).is_dir()
-        and not (Path(name) / "dataset_info.json").exists()
-        and not (Path(name) / "dataset_dict.json").exists()
-    ):
+    elif _is_image_folder(name):
         files = _folder_files(Path(name))
         chosen = (files[i] for i in _choose(len(files), n, rng, name))
-        images = _one_size(map(_open, chosen), side, channels)
-    elif Path(name).is_dir() or "/" in name:
-        images = _one_size(_hub_images(name, split), side, channels)
-        images = images[_choose(len(images), n, rng, name)]
+        images = _one_size(((str(path), path) for path in chosen), side, channels)
+    elif name and (Path(name).is_dir() or "/" in name):
+        images = _one_size(_dataset_files(name, split, n, rng), side, channels)
     else:
         known = ", ".join(domain_names(root))
         raise ValueError(

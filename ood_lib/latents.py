@@ -122,17 +122,30 @@ def _sha256(array: torch.Tensor) -> str:
     return hashlib.sha256(np.ascontiguousarray(array.numpy()).tobytes()).hexdigest()
 
 
-def _weights_sha256(model: FrozenModel) -> str:
+def _model_sha256(model: FrozenModel) -> str:
+    """Fingerprint of a model: its schedule and weights, or its answers where it has no weights."""
     digest = hashlib.sha256(model.schedule.alpha_bar.tobytes())
-    for key, value in sorted(model.network.state_dict().items()) if model.network else ():
-        digest.update(key.encode() + value.numpy().tobytes())
+    if model.network is not None:
+        for key, value in sorted(model.network.state_dict().items()):
+            digest.update(key.encode() + value.numpy().tobytes())
+    else:
+        probe = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+        for t in np.linspace(0, model.schedule.num_train_timesteps - 1, 3):
+            digest.update(model.eps(probe, float(t)).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checksum(latent: torch.Tensor, metadata: dict[str, str]) -> str:
+    """Checksum of the latents and of everything that is said about them."""
+    said = {key: value for key, value in metadata.items() if key != "checksum"}
+    text = json.dumps([said, list(latent.shape), str(latent.dtype)], sort_keys=True)
+    return hashlib.sha256(text.encode() + latent.numpy().tobytes()).hexdigest()
 
 
 def _identity(spec: LatentSpec, model: FrozenModel, images: torch.Tensor) -> dict[str, str]:
     return {
         "spec": json.dumps(asdict(spec), sort_keys=True),
-        "model_sha256": _weights_sha256(model),
+        "model_sha256": _model_sha256(model),
         "images_sha256": _sha256(images),
         "precision": "state float64, network float32, stored float32",
     }
@@ -166,7 +179,7 @@ def read(path: Path, expected: dict[str, str]) -> tuple[torch.Tensor, dict[str, 
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata, latent = file.metadata(), file.get_tensor("latent")
+            metadata, latent = file.metadata() or {}, file.get_tensor("latent")
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as latents ({error}); remove it and run again"
@@ -174,7 +187,7 @@ def read(path: Path, expected: dict[str, str]) -> tuple[torch.Tensor, dict[str, 
     wrong = [key for key, value in expected.items() if metadata.get(key) != value]
     if wrong:
         raise ValueError(f"{path} was made with another {wrong[0]}; remove it and run again")
-    if metadata["latent_sha256"] != _sha256(latent):
+    if metadata.get("checksum") != _checksum(latent, metadata):
         raise ValueError(f"{path} does not match its own checksum; remove it and run again")
     return latent, metadata
 
@@ -238,12 +251,9 @@ def _write(
         progress=progress,
     )
     latent = made.latent.float().contiguous()
-    extra = {
-        "timesteps": json.dumps(grid.tolist()),
-        "nfe": str(made.nfe),
-        "latent_sha256": _sha256(latent),
-    }
+    metadata = {**identity, "timesteps": json.dumps(grid.tolist()), "nfe": str(made.nfe)}
+    metadata["checksum"] = _checksum(latent, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file({"latent": latent}, partial, metadata={**identity, **extra})
+    save_file({"latent": latent}, partial, metadata=metadata)
     partial.replace(path)

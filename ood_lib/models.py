@@ -17,7 +17,15 @@ from ood_lib.schedule import NoiseSchedule, from_diffusers
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
-__all__ = ["FrozenModel", "linear_model", "load_model", "model_names", "random_model", "zero_model"]
+__all__ = [
+    "FrozenModel",
+    "linear_model",
+    "load_model",
+    "model_names",
+    "pipeline_folder",
+    "random_model",
+    "zero_model",
+]
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -117,8 +125,29 @@ def model_names(root: Path | None = None) -> list[str]:
     return sorted(path.parent.name for path in zoo.glob("*/model_index.json"))
 
 
-def _pipeline_folder(name: str) -> Path:
-    """Find the diffusers folder of a zoo name, a path or a hub id."""
+def pipeline_folder(name: str) -> Path:
+    """Find the diffusers folder of a model.
+
+    Parameters
+    ----------
+    name : str
+        A name of ``data/zoo``, a diffusers pipeline folder, or a hub id ``owner/model``.
+
+    Returns
+    -------
+    Path
+        The folder; that of a hub id is fetched first.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model.
+
+    Examples
+    --------
+    >>> pipeline_folder("ddpm-fashion-32").name
+    'ddpm-fashion-32'
+    """
     zoo = project_root() / "data" / "zoo" / name
     for folder in (zoo, Path(name)):
         if (folder / "model_index.json").is_file():
@@ -165,7 +194,7 @@ def load_model(name: str, *, device: str = "cpu") -> FrozenModel:
     >>> load_model("ddpm-fashion-32").sample_shape
     (1, 32, 32)
     """
-    folder = _pipeline_folder(name)
+    folder = pipeline_folder(name)
     scheduler, network = _read_parts(folder)
     bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if bad:

@@ -142,7 +142,7 @@ class Recombination(_Prior):
 
     Notes
     -----
-    The covariance of a draw is (n - k) / (n - 1) S (without replacement); the sum is scaled to give S.
+    Drawn without replacement, the sum over sqrt(k) has covariance (n - k) / n S; it is scaled to S.
 
     Examples
     --------
@@ -162,7 +162,7 @@ class Recombination(_Prior):
         """Draw `n` latents (n, d)."""
         count = len(self.centred_)
         chosen = rng.permuted(np.tile(np.arange(count), (n, 1)), axis=1)[:, : self.k]
-        scale = np.sqrt((count - 1) / (count - self.k) / self.k)
+        scale = np.sqrt(count / (count - self.k) / self.k)
         return self.mean_ + scale * self.centred_[chosen].sum(axis=1)
 
 

@@ -87,8 +87,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is not known; use fp32 or bf16")
-        if min(self.images_seen, self.batch_size, self.warmup) < 1:
-            raise ValueError("images_seen, batch_size and warmup must be 1 or more")
+        for name in ("images_seen", "batch_size", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def steps(self) -> int:
@@ -195,29 +196,43 @@ def training_batch(
 def _network(recipe: Recipe, image_shape: tuple[int, ...]) -> UNet2DModel:
     side, _, channels = image_shape
     levels = len(recipe.channels)
-    torch.manual_seed(recipe.seed)
-    return UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=recipe.layers,
-        block_out_channels=recipe.channels,
-        norm_num_groups=recipe.groups,
-        attention_head_dim=recipe.head_dim,
-        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-    ).to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = UNet2DModel(
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=recipe.layers,
+            block_out_channels=recipe.channels,
+            norm_num_groups=recipe.groups,
+            attention_head_dim=recipe.head_dim,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        )
+    return network.to(memory_format=torch.channels_last)
+
+
+def _data_sha256(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+
+
+def _device(name: str) -> str:
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
 
 
 class _Run:
     """The state of a training run: network, optimiser, moving average, step, loss log."""
 
     def __init__(self, images: np.ndarray, recipe: Recipe, device: str) -> None:
-        self.images, self.recipe, self.device = images, recipe, device
+        self.images, self.recipe, self.device = images, recipe, _device(device)
+        self.data_sha256 = _data_sha256(images)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"
         )
-        self.net = _network(recipe, images.shape[1:]).to(device).train()
+        self.net = _network(recipe, images.shape[1:]).to(self.device).train()
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=recipe.lr, weight_decay=0.0)
         self.ema = EMAModel(
             self.net.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
@@ -248,6 +263,7 @@ class _Run:
     def state(self) -> dict[str, Any]:
         return {
             "recipe": asdict(self.recipe),
+            "data_sha256": self.data_sha256,
             "net": self.net.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "ema": self.ema.state_dict(),
@@ -264,6 +280,8 @@ class _Run:
             raise ValueError(
                 f"{path} holds a run with recipe {saved['recipe']}; remove it or use that recipe"
             )
+        if saved["data_sha256"] != self.data_sha256:
+            raise ValueError(f"{path} holds a run on other images; remove it or use those")
         self.net.load_state_dict(saved["net"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.ema.load_state_dict(saved["ema"])
@@ -378,7 +396,7 @@ def _save(run: _Run, out: Path, name: str) -> None:
     record = {
         "domain": name,
         "training_images": len(run.images),
-        "data_sha256": hashlib.sha256(np.ascontiguousarray(run.images).tobytes()).hexdigest(),
+        "data_sha256": run.data_sha256,
         "images_seen": run.step * run.recipe.batch_size,
         "parameters": sum(p.numel() for p in run.net.parameters()),
         "recipe": asdict(run.recipe),

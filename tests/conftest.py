@@ -23,6 +23,8 @@ from ood_lib.domains import load_images, project_root
 from ood_lib.models import load_model
 from ood_lib.schedule import NoiseSchedule
 
+torch.set_num_threads(1)  # small networks: two threads on a busy machine wait for each other
+
 ROOT = project_root()
 LAMBDAS = np.array([1e-4, 1e-3, 1e-2, 0.1, 1.0])
 

@@ -7,8 +7,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -71,9 +69,18 @@ def test_the_model_may_be_passed_in(spec, inversions):
 
 @pytest.mark.parametrize(
     "change",
-    [{"n": 4}, {"points": 4}, {"t_end": 900.0}, {"solver": "heun"}, {"start": "sigma0"}, {"start": "noise"}, {"seed": 1}, {"split": "all"}],
+    [
+        {"n": 4},
+        {"points": 4},
+        {"t_end": 900.0},
+        {"solver": "heun"},
+        {"start": "sigma0"},
+        {"start": "noise"},
+        {"seed": 1},
+        {"split": "all"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_part_of_a_specification_has_its_own_file(spec, change):
     assert path_of(LatentSpec(**{**asdict(spec), **change})) != path_of(spec)
 
@@ -94,7 +101,8 @@ def test_the_metadata_say_everything_that_the_latents_depend_on(spec):
     assert json.loads(found["spec"]) == asdict(spec)
     grid = json.loads(found["timesteps"])
     assert (len(grid), grid[0], grid[-1], found["nfe"]) == (3, 0, 700, "2")
-    assert all(len(found[f"{part}_sha256"]) == 64 for part in ("model", "images", "latent"))
+    assert all(len(found[f"{part}_sha256"]) == 64 for part in ("model", "images"))
+    assert len(found["checksum"]) == 64
     assert "float64" in found["precision"]
     assert load_file(path_of(spec))["latent"].dtype == torch.float32
 
@@ -136,20 +144,17 @@ def test_a_cut_file_is_named(spec, keep):
         latents.get(spec)
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
-def test_a_flipped_bit_anywhere_is_found(spec, place, bit):
+def test_a_flipped_bit_anywhere_is_found(spec, tiny):
     """Also in the metadata: the grid and the calls are part of what a latent is."""
+    latents.get(spec, model=tiny)
     path = path_of(spec)
-    path.unlink(missing_ok=True)
-    latents.get(spec)
-    content = bytearray(path.read_bytes())
-    content[place % len(content)] ^= 1 << bit
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=path.name):
-        latents.get(spec)
+    whole = path.read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 80).astype(int):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=path.name):
+            latents.get(spec, model=tiny)
 
 
 @pytest.mark.parametrize(("key", "value"), [("timesteps", "[0.0, 1.0, 2.0]"), ("nfe", "7")])
@@ -170,7 +175,7 @@ def test_a_file_of_somebody_else_is_named(spec, metadata):
         latents.get(spec)
 
 
-@pytest.mark.parametrize("key", ["latent_sha256", "timesteps", "nfe", "model_sha256", "spec"])
+@pytest.mark.parametrize("key", ["checksum", "timesteps", "nfe", "model_sha256", "spec"])
 def test_lacking_metadata_are_named(spec, key):
     latents.get(spec)
     path = path_of(spec)

@@ -1,0 +1,202 @@
+"""The command `ood`: a wrong word is one sentence and exit status 2, and nothing is left behind."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from ood_lib import cli
+
+
+@pytest.fixture
+def ood(monkeypatch, capsys):
+    """Run the command; returns exit status, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["ood", *map(str, words)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+# what works
+
+
+def test_models_and_domains_are_listed(project, ood):
+    status, out, _ = ood("models")
+    assert status == 0
+    assert out.startswith("tiny  ddpm  1x8x8  ")
+    assert ood("domains", "list")[:2] == (0, "faces\n")
+
+
+def test_a_folder_of_pictures_is_inverted_and_kept(project, picture_folder, ood):
+    words = ("invert", "tiny", picture_folder, "--points", 3, "--t-end", 900)
+    status, out, _ = ood(*words)
+    assert status == 0
+    assert "6 latents, 2 network calls an image" in out
+    (made,) = (project / "runs" / "latents" / "tiny").iterdir()
+    assert out.strip().endswith(str(made))
+    assert load_file(made)["latent"].shape == (6, 1, 8, 8)
+    before = made.stat().st_mtime_ns
+    assert ood(*words)[0] == 0
+    assert made.stat().st_mtime_ns == before
+
+
+def test_every_option_of_invert_arrives(project, ood):
+    words = (
+        "invert tiny faces --split heldout --n 3 --points 4 --solver heun --start noise --seed 7"
+    )
+    status, out, _ = ood(*words.split())
+    assert (status, "3 latents, 6 network calls" in out) == (0, True)
+
+
+def test_a_model_folder_may_be_named_instead_of_a_zoo_model(project, tiny_folder, ood):
+    assert ood("invert", tiny_folder, "faces", "--n", 2, "--points", 2)[0] == 0
+
+
+def test_a_model_is_trained_from_the_command_line(project, ood, tmp_path):
+    cache = project / "runs" / "domains"
+    cache.mkdir(parents=True)
+    np.save(cache / "fashion-train.npy", np.zeros((4, 8, 8, 1), np.uint8))
+    out = tmp_path / "made"
+    status, text, _ = ood(
+        "train",
+        "fashion",
+        "--out",
+        out,
+        "--images-seen",
+        2,
+        "--batch-size",
+        2,
+        "--precision",
+        "fp32",
+    )
+    assert status == 0
+    assert str(out) in text
+    assert {"model_index.json", "training.json", "README.md", "unet", "scheduler"} <= set(
+        files(out)
+    )
+
+
+def test_help_is_shown(ood):
+    status, out, _ = ood("--help")
+    assert status == 0
+    assert all(word in out for word in ("train", "invert", "models", "domains", "chapter"))
+
+
+# what does not
+
+
+WRONG = {
+    "model": ("invert nope faces", ["'nope'", "tiny"]),
+    "domain": ("invert tiny nope", ["'nope'", "faces"]),
+    "split": ("invert tiny faces --split train", ["'train'", "fit, heldout, all"]),
+    "solver": ("invert tiny faces --solver euler", ["'euler'", "ddim, heun, ab2"]),
+    "start": ("invert tiny faces --start zero", ["'zero'", "level0, sigma0, noise"]),
+    "too many": ("invert tiny faces --n 51", ["51", "50"]),
+    "none": ("invert tiny faces --n 0", ["0 images", "1 to 50"]),
+    "points": ("invert tiny faces --points 1", ["1 points", "n >= 2"]),
+    "level": ("invert tiny faces --t-end 1000", ["1000", "999"]),
+    "level that is no number": ("invert tiny faces --t-end nan", ["nan", "999"]),
+    "training domain": ("train faces --out OUT", ["'faces'", "fashion", "digits"]),
+    "unknown training domain": ("train moon --out OUT", ["'moon'"]),
+    "builder": ("domains build moon", ["'moon'", "digits, faces, fashion, galaxies, textures"]),
+    "source": ("domains build fashion --source nowhere", ["nowhere"]),
+    "precision": ("train fashion --out OUT --precision fp8", ["fp8", "fp32", "bf16"]),
+    "batch size": ("train fashion --out OUT --batch-size 0", ["batch_size", "0"]),
+    "length": ("train fashion --out OUT --images-seen 0", ["images_seen", "0"]),
+    "device": ("train fashion --out OUT --device abacus", ["abacus"]),
+    "card": ("card nope", ["nope", "tiny"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_word_is_one_sentence_and_leaves_nothing_behind(project, ood, tmp_path, case):
+    words, named = WRONG[case]
+    cache = project / "runs" / "domains"
+    cache.mkdir(parents=True)
+    np.save(cache / "fashion-train.npy", np.zeros((4, 8, 8, 1), np.uint8))
+    before = files(tmp_path)
+    status, out, err = ood(*words.replace("OUT", str(tmp_path / "out")).split())
+    assert (status, out) == (2, "")
+    assert err.startswith("ood: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in named)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("empty", "holds no images"),
+        ("text", "notes.txt is not an image file"),
+        ("corrupt", "cut.png is not a readable image"),
+        ("small", "5x5 pixels"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_sentence(project, ood, tmp_path, damage, named):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    if damage != "empty":
+        Image.new("L", (12, 12)).save(folder / "good.png")
+    if damage == "text":
+        (folder / "notes.txt").write_text("hello")
+    elif damage == "corrupt":
+        (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:40])
+    elif damage == "small":
+        Image.new("L", (5, 5)).save(folder / "small.png")
+    before = files(tmp_path)
+    status, out, err = ood("invert", "tiny", folder)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("ood: ")
+    assert named in err
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_model_is_one_sentence(project, ood, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    status, _, err = ood("invert", folder, "faces")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "broken lacks" in err
+
+
+def test_damaged_latents_are_one_sentence_and_are_not_overwritten(project, ood):
+    words = ("invert", "tiny", "faces", "--n", 2, "--points", 2)
+    ood(*words)
+    (made,) = (project / "runs" / "latents" / "tiny").iterdir()
+    made.write_bytes(b"half")
+    status, _, err = ood(*words)
+    assert status == 2
+    assert made.name in err
+    assert made.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "invert tiny",
+        "invert tiny faces --points many",
+        "invert tiny faces --stepz 3",
+        "fly",
+        "train fashion",
+    ],
+)
+def test_a_wrong_call_is_explained_and_ends_with_status_two(project, ood, words):
+    status, _, err = ood(*words.split())
+    assert status == 2
+    assert "Traceback" not in err
+    assert "Usage" in err

@@ -1,0 +1,296 @@
+"""Training: the same weights after a stop, a full record, a folder that diffusers reads."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+
+from ood_lib import training
+from ood_lib.models import load_model
+from ood_lib.training import (
+    Recipe,
+    fast_precision,
+    learning_rate,
+    train,
+    training_batch,
+    write_card,
+)
+
+TINY = Recipe(images_seen=40, batch_size=4, channels=(8, 8), groups=4, head_dim=8, warmup=3)
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_card():
+    """Samples of the card take longer than these runs; one test below writes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_card", lambda folder: folder / "README.md")
+        yield
+
+
+def run(folder, recipe=TINY, pixels=PIXELS, **options):
+    """Train into a folder, with the checkpoint beside it."""
+    return train(pixels, recipe, folder / "model", work=folder / "work", name="toy", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Ten steps without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model" / WEIGHTS)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# resuming
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, whole, stop):
+    checkpoint = run(tmp_path, stop_after=stop)
+    assert checkpoint == tmp_path / "work" / "checkpoint.pt"
+    assert not (tmp_path / "model").exists()
+    assert run(tmp_path) == tmp_path / "model"
+    assert same(weights(tmp_path), weights(whole))
+    early = "work/ema_10_percent.safetensors"
+    assert same(load_file(tmp_path / early), load_file(whole / early))
+    losses = [
+        json.loads((f / "model/training.json").read_text())["loss"] for f in (tmp_path, whole)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_was_killed_between_checkpoints_ends_with_the_same_bits(
+    tmp_path, whole, monkeypatch
+):
+    step = training._Run.advance
+
+    def killed(self):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, checkpoint_every=3)
+    torch.manual_seed(99)  # the state of the process does not matter
+    run(tmp_path, checkpoint_every=3)
+    assert same(weights(tmp_path), weights(whole))
+
+
+def test_checkpoints_are_written_in_one_move(tmp_path, monkeypatch):
+    run(tmp_path, stop_after=2)
+    before = (tmp_path / "work/checkpoint.pt").read_bytes()
+
+    def die_half_way(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.torch, "save", die_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_after=4)
+    assert (tmp_path / "work/checkpoint.pt").read_bytes() == before
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(training._Run, "advance", None)
+    run(tmp_path)
+    assert same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lr": 1e-3}, {"images_seen": 80}, {"precision": "bf16"}], ids=str
+)
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, change):
+    run(tmp_path, stop_after=1)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        run(tmp_path, replace(TINY, **change))
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path):
+    run(tmp_path, stop_after=1)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        run(tmp_path, pixels=255 - PIXELS)
+
+
+def test_seeds_differ_and_the_same_seed_does_not(tmp_path, whole):
+    run(tmp_path / "same")
+    run(tmp_path / "other", replace(TINY, seed=1))
+    assert same(weights(tmp_path / "same"), weights(whole))
+    assert not same(weights(tmp_path / "other"), weights(whole))
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    before = torch.get_rng_state()
+    run(tmp_path, stop_after=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# what is saved
+
+
+def test_the_record_is_complete(whole):
+    record = json.loads((whole / "model/training.json").read_text())
+    assert (record["domain"], record["training_images"], record["images_seen"]) == ("toy", 10, 40)
+    assert record["recipe"] == {**TINY.__dict__, "channels": [8, 8]}
+    assert len(record["data_sha256"]) == 64
+    assert record["parameters"] == sum(w.numel() for w in weights(whole).values())
+    assert record["torch"] == torch.__version__.split("+")[0]
+    assert record["wall_seconds"] >= 0
+    assert record["loss_step"] == list(range(1, 11))
+    assert len(record["loss"]) == 10
+    assert all(0 < loss < 5 for loss in record["loss"])
+
+
+def test_diffusers_and_the_library_load_the_result(whole):
+    pipeline = DDPMPipeline.from_pretrained(whole / "model")
+    assert pipeline.scheduler.config.beta_schedule == "linear"
+    assert (pipeline.scheduler.config.beta_start, pipeline.scheduler.config.beta_end) == (
+        1e-4,
+        2e-2,
+    )
+    model = load_model(str(whole / "model"))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        theirs = pipeline.unet(x, 5).sample
+    torch.testing.assert_close(model.eps(x, 5), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_saved_is_the_moving_average(whole):
+    raw = torch.load(whole / "work/checkpoint.pt", weights_only=True)
+    assert not same(raw["net"], weights(whole))
+    shadow = raw["ema"]["shadow_params"]
+    assert all(torch.equal(a, b) for a, b in zip(weights_in_order(whole), shadow, strict=True))
+
+
+def weights_in_order(folder):
+    network = load_model(str(folder / "model")).network
+    return [p.contiguous() for p in network.parameters()]
+
+
+def test_the_zoo_model_saw_at_least_what_was_asked_for(root):
+    record = json.loads((root / "data/zoo/ddpm-fashion-32/training.json").read_text())
+    assert record["domain"] == "fashion"
+    assert record["training_images"] == 60_000
+    assert record["images_seen"] >= 400_000
+    assert np.mean(record["loss"][-10:]) < 0.5 * np.mean(record["loss"][:2])
+
+
+def test_a_card_is_written_from_the_record(whole):
+    card = write_card(whole / "model")
+    text = card.read_text()
+    assert card == whole / "model" / "README.md"
+    assert "toy" in text
+    assert "40" in text
+    assert "{" not in text
+    for name in ("samples.png", "loss.png"):
+        assert f"({name})" in text
+        assert (card.parent / name).stat().st_size > 500
+
+
+def test_a_card_needs_a_record(tmp_path):
+    with pytest.raises(ValueError, match=r"no training\.json"):
+        write_card(tmp_path)
+
+
+# the loss
+
+
+def test_the_loss_falls_on_a_trivial_data_set(tmp_path):
+    """Every image is black: x_t says what the noise is, up to one constant."""
+    recipe = replace(TINY, images_seen=1200, batch_size=8, lr=5e-3)
+    run(tmp_path, recipe, pixels=np.zeros((8, 8, 8, 1), np.uint8))
+    loss = json.loads((tmp_path / "model/training.json").read_text())["loss"]
+    assert np.mean(loss[:5]) > 0.6
+    assert np.mean(loss[-20:]) < 0.4 * np.mean(loss[:5])
+
+
+def test_bf16_autocast_trains(tmp_path):
+    run(tmp_path, replace(TINY, precision="bf16"))
+    record = json.loads((tmp_path / "model/training.json").read_text())
+    assert np.isfinite(record["loss"]).all()
+    assert weights(tmp_path)["conv_in.weight"].dtype == torch.float32
+
+
+def test_colour_images_make_a_colour_model(tmp_path):
+    run(tmp_path, replace(TINY, images_seen=4), pixels=PIXELS.repeat(3, axis=3))
+    assert load_model(str(tmp_path / "model")).sample_shape == (3, 8, 8)
+
+
+# batches and learning rate
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    first = training_batch(PIXELS, TINY, 3, 1000)
+    torch.manual_seed(5)
+    training_batch(PIXELS, TINY, 4, 1000)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, training_batch(PIXELS, TINY, 3, 1000), strict=True)
+    )
+    for other in (
+        training_batch(PIXELS, TINY, 2, 1000),
+        training_batch(PIXELS, replace(TINY, seed=1), 3, 1000),
+    ):
+        assert not torch.equal(first[2], other[2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 25])
+def test_every_epoch_shows_every_image_once(batch_size):
+    recipe = replace(TINY, batch_size=batch_size)
+    pixels = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+    shown = torch.cat([training_batch(pixels, recipe, k, 1000)[0] for k in range(30)])
+    rows = ((shown[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    epochs = [rows[i : i + 10] for i in range(0, len(rows) - 9, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_timesteps_cover_the_schedule_evenly_and_noise_is_standard():
+    recipe = replace(TINY, batch_size=64)
+    batches = [training_batch(PIXELS, recipe, k, 1000) for k in range(200)]
+    t = torch.cat([b[1] for b in batches])
+    assert (t.min(), t.max()) == (0, 999)
+    assert torch.histc(t.float(), 10, 0, 1000).sub(1280).abs().max() < 5 * 1280**0.5
+    noise = torch.cat([b[2] for b in batches])
+    assert noise.mean() == pytest.approx(0, abs=0.005)
+    assert noise.std() == pytest.approx(1, abs=0.005)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero_like_half_a_cosine():
+    recipe = Recipe(images_seen=64 * 1000, warmup=100, lr=2.0)
+    assert [learning_rate(recipe, k) for k in (0, 1)] == pytest.approx([0.02, 0.04], rel=1e-4)
+    assert learning_rate(recipe, 500) == pytest.approx(1.0)
+    assert learning_rate(recipe, 750) == pytest.approx(1 - np.cos(np.pi / 4))
+    assert learning_rate(recipe, 999) < 1e-4
+    rates = [learning_rate(recipe, k) for k in range(1000)]
+    assert np.argmax(rates) in (99, 100)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": 0}, {"images_seen": 0}, {"images_seen": -5}, {"precision": "fp8"}],
+    ids=str,
+)
+def test_a_wrong_recipe_is_named(tmp_path, wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=rf"{name}.*{value}|{value}.*{name}"):
+        run(tmp_path, replace(TINY, **wrong))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_fast_precision_is_one_that_a_recipe_takes():
+    assert fast_precision() in ("bf16", "fp32")
