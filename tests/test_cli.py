@@ -1,5 +1,6 @@
 """The command `ood`: a wrong word is one sentence and exit status 2, and nothing is left behind."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -200,3 +201,28 @@ def test_a_wrong_call_is_explained_and_ends_with_status_two(project, ood, words)
     assert status == 2
     assert "Traceback" not in err
     assert "Usage" in err
+
+
+CHAPTER = "01_an_invertible_map"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (f"chapter run {CHAPTER} -p n_image=3", ["'n_image'", "'n_images'"]),
+        (f"chapter run {CHAPTER} -p zzz=3", ["'zzz'", "n_images"]),
+        (f"chapter run {CHAPTER} -p n_images=many", ["'n_images'", "'many'", "int"]),
+        (f"chapter run {CHAPTER} -p n_images=2.5", ["'n_images'", "2.5", "int"]),
+        (f"chapter run {CHAPTER} -p n_images", ["'n_images'", "name=value"]),
+        (f"chapter run {CHAPTER} --scale huge", ["'huge'", "book"]),
+        ("chapter run 99_nothing", ["99_nothing"]),
+    ],
+)
+def test_a_wrong_chapter_or_parameter_is_one_sentence(project, root, ood, tmp_path, words, named):
+    (project / "notebooks").mkdir()
+    shutil.copy(root / "notebooks" / f"{CHAPTER}.ipynb", project / "notebooks")
+    before = files(tmp_path)
+    status, out, err = ood(*words.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert all(word in err for word in named)
+    assert files(tmp_path) == before

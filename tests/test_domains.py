@@ -232,6 +232,33 @@ def test_every_common_kind_of_picture_is_read(tmp_path, name):
     torch.testing.assert_close(made, expected, atol=0.02, rtol=0)
 
 
+def deep_pgm(path):
+    path.write_bytes(b"P5\n16 16\n65535\n" + np.full((16, 16), 13107, ">u2").tobytes())
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="_decode clips Pillow's modes I and F at 255"
+)
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("16 bit.pgm", deep_pgm),
+        ("float.tif", lambda p: Image.fromarray(np.full((16, 16), 0.2, np.float32)).save(p)),
+    ],
+)
+def test_deep_pictures_are_read_to_scale_or_refused(tmp_path, name, write):
+    write(tmp_path / name)
+    try:
+        made = load_images(str(tmp_path))
+    except ValueError as refused:
+        made = None
+        text = str(refused)
+    if made is None:
+        assert name in text
+    else:
+        torch.testing.assert_close(made, torch.full_like(made, -0.6), atol=1e-3, rtol=0)
+
+
 def test_a_mixed_folder_comes_to_one_size_and_channel_count(tmp_path, schedule):
     for i, (image, _) in enumerate(PICTURES.values()):
         image.convert("RGB").resize((10 + 3 * i, 40 - i)).save(tmp_path / f"{i}.png")

@@ -127,6 +127,40 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path):
         run(tmp_path, pixels=255 - PIXELS)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="training._Run.restore lets torch.load's RuntimeError and a KeyError through",
+)
+@pytest.mark.parametrize("damage", ["cut", "lacks a part"])
+def test_a_cut_checkpoint_is_named(tmp_path, damage):
+    checkpoint = run(tmp_path, stop_after=1)
+    if damage == "cut":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    else:
+        state = torch.load(checkpoint, weights_only=True)
+        del state["data_sha256"]
+        torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        run(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the GPU that is not there")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="torch's AssertionError comes through: a traceback"
+)
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cuda"):
+        run(tmp_path, device="cuda")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(IndexError, RuntimeWarning), reason="_Run indexes an empty order"
+)
+def test_no_images_are_named(tmp_path):
+    with pytest.raises(ValueError, match="image"):
+        run(tmp_path, pixels=PIXELS[:0])
+
+
 def test_seeds_differ_and_the_same_seed_does_not(tmp_path, whole):
     run(tmp_path / "same")
     run(tmp_path / "other", replace(TINY, seed=1))
@@ -175,6 +209,12 @@ def test_what_is_saved_is_the_moving_average(whole):
     assert not same(raw["net"], weights(whole))
     shadow = raw["ema"]["shadow_params"]
     assert all(torch.equal(a, b) for a, b in zip(weights_in_order(whole), shadow, strict=True))
+
+
+def test_a_moving_average_without_memory_is_the_network_itself(tmp_path):
+    run(tmp_path, replace(TINY, ema_decay=0.0))
+    raw = torch.load(tmp_path / "work/checkpoint.pt", weights_only=True)
+    assert same(raw["net"], weights(tmp_path))
 
 
 def weights_in_order(folder):
