@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from ood_lib.models import FrozenModel
@@ -197,8 +197,11 @@ def _decode(image: Image.Image) -> torch.Tensor:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None, None]
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.array(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
+        if not 0 <= pixels.min() <= pixels.max() <= 1:
+            raise ValueError(f"its values reach {pixels.max():g}, beyond 16 bits or [0, 1]")
+        return torch.from_numpy(pixels)[None, None]
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     array = np.asarray(image)
     return _to_float(array.reshape(1, *array.shape[:2], -1))
@@ -208,7 +211,7 @@ def _open(label: str, source: Path | BytesIO | None) -> torch.Tensor:
     """Decode one image file; `label` names it in the error."""
     try:
         with Image.open(source) as image:
-            return _decode(image)
+            return _decode(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, AttributeError) as error:
         raise ValueError(f"{label} is not a readable image ({error}); mend or remove it") from error
 

@@ -42,6 +42,8 @@ def gram_matrix(a: np.ndarray, b: np.ndarray | None = None, *, block: int = BLOC
            [1.]])
     """
     b = a if b is None else b
+    if block < 1:
+        raise ValueError(f"block is {block}; use 1 or more coordinates")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
             f"samples have shapes {a.shape} and {b.shape}; both must be (n, d) with one d"
@@ -76,10 +78,10 @@ def spectrum(samples: np.ndarray) -> np.ndarray:
     >>> spectrum(np.array([[1.0, 0, 0], [-1.0, 0, 0]]))
     array([2.])
     """
+    gram = gram_matrix(samples)
     n, d = samples.shape
     if n < 2:
         raise ValueError(f"a covariance needs at least 2 samples, not {n}")
-    gram = gram_matrix(samples)
     means = gram.mean(0)
     centred = gram - means - means[:, None] + gram.mean()
     values = np.linalg.eigvalsh(centred)[::-1] / (n - 1)

@@ -227,10 +227,8 @@ def jackknife(statistic: Callable[[np.ndarray], float], n: int, *, groups: int =
     >>> jackknife(lambda rows: x[rows].mean(), 80).value
     39.5
     """
-    if n < groups:
-        raise ValueError(
-            f"{n} rows cannot be cut into {groups} groups; use more rows or fewer groups"
-        )
+    if not 2 <= groups <= n:
+        raise ValueError(f"{n} rows cannot be cut into {groups} groups; use 2 to {n} groups")
     rows = np.arange(n)
     left_out = np.array([statistic(rows[rows % groups != g]) for g in range(groups)])
     value = float(statistic(rows))

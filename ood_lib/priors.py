@@ -10,6 +10,7 @@ from typing import Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
 
 from ood_lib.gram import draw_weights
 
@@ -52,6 +53,7 @@ class _Prior(BaseEstimator):
         raise NotImplementedError
 
     def _noise(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        check_is_fitted(self)
         return rng.standard_normal((n, self.n_features_in_))
 
 
@@ -94,7 +96,8 @@ class Isotropic(_Prior):
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw `n` latents (n, d)."""
-        return self.mean_ + np.sqrt(self.variance_) * self._noise(n, rng)
+        noise = self._noise(n, rng)
+        return self.mean_ + np.sqrt(self.variance_) * noise
 
 
 class Diagonal(_Prior):
@@ -111,7 +114,8 @@ class Diagonal(_Prior):
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw `n` latents (n, d)."""
-        return self.mean_ + np.sqrt(self.variance_) * self._noise(n, rng)
+        noise = self._noise(n, rng)
+        return self.mean_ + np.sqrt(self.variance_) * noise
 
 
 class FullGaussian(_Prior):
@@ -129,6 +133,7 @@ class FullGaussian(_Prior):
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw `n` latents (n, d)."""
+        check_is_fitted(self)
         return self.mean_ + draw_weights(n, len(self.centred_), rng) @ self.centred_
 
 
@@ -160,6 +165,7 @@ class Recombination(_Prior):
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw `n` latents (n, d)."""
+        check_is_fitted(self)
         count = len(self.centred_)
         chosen = rng.permuted(np.tile(np.arange(count), (n, 1)), axis=1)[:, : self.k]
         scale = np.sqrt(count / (count - self.k) / self.k)

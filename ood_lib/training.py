@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is not known; use fp32 or bf16")
+        if not 0 <= self.ema_decay < 1 or not self.channels:
+            raise ValueError("ema_decay must lie in [0, 1) and channels must name a width a level")
         for name in ("images_seen", "batch_size", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -218,15 +221,19 @@ def _data_sha256(images: np.ndarray) -> str:
 
 def _device(name: str) -> str:
     try:
-        return torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} is not here; use cpu, or cuda where there is a GPU"
+        ) from error
 
 
 class _Run:
     """The state of a training run: network, optimiser, moving average, step, loss log."""
 
     def __init__(self, images: np.ndarray, recipe: Recipe, device: str) -> None:
+        if len(images) == 0:
+            raise ValueError("there are no training images; give at least one")
         self.images, self.recipe, self.device = images, recipe, _device(device)
         self.data_sha256 = _data_sha256(images)
         self.scheduler = DDPMScheduler(
@@ -248,7 +255,9 @@ class _Run:
             )
         )
         x_t = self.scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
+        ):
             loss = F.mse_loss(self.net(x_t, t).sample.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -273,7 +282,13 @@ class _Run:
         }
 
     def restore(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        parts = {"recipe", "data_sha256", "net", "optimiser", "ema", "step", "seconds", "losses"}
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint; remove it") from error
+        if not isinstance(saved, dict) or set(saved) != parts:
+            raise ValueError(f"{path} is not a checkpoint of this version; remove it")
         if {**saved["recipe"], "channels": tuple(saved["recipe"]["channels"])} != asdict(
             self.recipe
         ):

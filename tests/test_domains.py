@@ -236,9 +236,6 @@ def deep_pgm(path):
     path.write_bytes(b"P5\n16 16\n65535\n" + np.full((16, 16), 13107, ">u2").tobytes())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="_decode clips Pillow's modes I and F at 255"
-)
 @pytest.mark.parametrize(
     ("name", "write"),
     [

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 from ood_lib.priors import PRIORS, FullGaussian, Isotropic, Recombination, make_prior
 
@@ -142,3 +143,9 @@ def test_bad_input_is_named(prior, z, match):
 def test_recombination_refuses_an_impossible_k(latents, k):
     with pytest.raises(ValueError, match=f"k = {k} "):
         Recombination(k=k).fit(latents)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_that_is_not_fitted_says_so(name):
+    with pytest.raises(NotFittedError):
+        make_prior(name).sample(2, np.random.default_rng(0))

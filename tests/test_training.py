@@ -127,10 +127,6 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path):
         run(tmp_path, pixels=255 - PIXELS)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="training._Run.restore lets torch.load's RuntimeError and a KeyError through",
-)
 @pytest.mark.parametrize("damage", ["cut", "lacks a part"])
 def test_a_cut_checkpoint_is_named(tmp_path, damage):
     checkpoint = run(tmp_path, stop_after=1)
@@ -145,17 +141,11 @@ def test_a_cut_checkpoint_is_named(tmp_path, damage):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the GPU that is not there")
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="torch's AssertionError comes through: a traceback"
-)
 def test_a_device_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="cuda"):
         run(tmp_path, device="cuda")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(IndexError, RuntimeWarning), reason="_Run indexes an empty order"
-)
 def test_no_images_are_named(tmp_path):
     with pytest.raises(ValueError, match="image"):
         run(tmp_path, pixels=PIXELS[:0])
