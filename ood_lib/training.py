@@ -282,12 +282,11 @@ class _Run:
         }
 
     def restore(self, path: Path) -> None:
-        parts = {"recipe", "data_sha256", "net", "optimiser", "ema", "step", "seconds", "losses"}
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
         except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
             raise ValueError(f"{path} cannot be read as a checkpoint; remove it") from error
-        if not isinstance(saved, dict) or set(saved) != parts:
+        if not isinstance(saved, dict) or saved.keys() != self.state().keys():
             raise ValueError(f"{path} is not a checkpoint of this version; remove it")
         if {**saved["recipe"], "channels": tuple(saved["recipe"]["channels"])} != asdict(
             self.recipe
