@@ -38,8 +38,8 @@ class LatentSpec:
         Split of the domain.
     n : int, optional
         First `n` images; all by default.
-    t_end : float, default 999
-        Level of the latents.
+    t_end : float, optional
+        Level of the latents; the last level of the model's schedule with sigma up to 160 by default.
     points : int, default 24
         Points of the grid, uniform in log sigma.
     solver : str, default "ab2"
@@ -48,25 +48,29 @@ class LatentSpec:
         Start of `invert`.
     seed : int, default 0
         Source of the noise of ``start="noise"``.
+    revision : str, optional
+        Branch, tag or commit, for a model of the hub.
 
     Examples
     --------
-    >>> LatentSpec("ddpm-fashion-32", "digits", n=8).t_end
-    999.0
+    >>> LatentSpec("ddpm-fashion-32", "digits", n=8, t_end=474).t_end
+    474.0
     """
 
     model: str
     domain: str
     split: str = "fit"
     n: int | None = None
-    t_end: float = 999.0
+    t_end: float | None = None
     points: int = 24
     solver: str = "ab2"
     start: str = "level0"
     seed: int = 0
+    revision: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "t_end", float(self.t_end))
+        if self.t_end is not None:
+            object.__setattr__(self, "t_end", float(self.t_end))
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def path_of(spec: LatentSpec) -> Path:
     """
     key = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:10]
     model, domain = Path(spec.model).name, Path(spec.domain).name
-    name = f"{domain}-{spec.split}-t{spec.t_end:g}-{spec.solver}-{key}.safetensors"
+    level = "end" if spec.t_end is None else f"t{spec.t_end:g}"
+    name = f"{domain}-{spec.split}-{level}-{spec.solver}-{key}.safetensors"
     return project_root() / "runs" / "latents" / model / name
 
 
@@ -220,7 +225,7 @@ def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = 
     Traceback (most recent call last):
     ValueError: unknown model 'no-such-model'; known are ...
     """
-    model = model or load_model(spec.model)
+    model = model or load_model(spec.model, revision=spec.revision)
     images = load_images(spec.domain, n=spec.n, split=spec.split, like=model)
     identity, path = _identity(spec, model, images), path_of(spec)
     if not path.exists():

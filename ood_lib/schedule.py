@@ -14,6 +14,8 @@ import numpy as np
 
 __all__ = ["NoiseSchedule", "from_diffusers", "paper_grid", "uniform_log_sigma", "uniform_t"]
 
+SIGMA_END = 160.0
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -53,6 +55,15 @@ class NoiseSchedule:
     def num_train_timesteps(self) -> int:
         """Number of levels T."""
         return len(self.alpha_bar)
+
+    @property
+    def t_end(self) -> float:
+        """Last timestep with sigma at most 160, where latents end and sampling starts.
+
+        T - 1 of the linear schedule. A cosine schedule jumps to sigma = 20,291 in its last step, over
+        which no solver can be accurate.
+        """
+        return float(np.searchsorted(self._log_sigmas(), np.log(SIGMA_END), side="right") - 1)
 
     def log_sigma(self, t: Any) -> np.ndarray:
         """Logarithm of sigma at timesteps `t`, integer or fractional, in [0, T - 1]."""
@@ -111,7 +122,7 @@ def from_diffusers(scheduler: Any) -> NoiseSchedule:
 
 def _last(schedule: NoiseSchedule, n: int, t_end: float | None) -> float:
     last = schedule.num_train_timesteps - 1
-    end = last if t_end is None else t_end
+    end = schedule.t_end if t_end is None else t_end
     if n < 2 or not 0 < end <= last:
         raise ValueError(
             f"a grid of {n} points up to t = {end} was asked for; use n >= 2 and 0 < t_end <= {last}"
@@ -129,7 +140,7 @@ def uniform_t(schedule: NoiseSchedule, n: int, *, t_end: float | None = None) ->
     n : int
         Number of points, both ends included.
     t_end : float, optional
-        Last timestep; T - 1 by default.
+        Last timestep; `NoiseSchedule.t_end` by default.
 
     Returns
     -------
@@ -164,7 +175,7 @@ def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = 
     n : int
         Number of points, both ends included.
     t_end : float, optional
-        Last timestep; T - 1 by default.
+        Last timestep; `NoiseSchedule.t_end` by default.
 
     Returns
     -------

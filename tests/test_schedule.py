@@ -128,3 +128,12 @@ def test_more_integers_than_there_are_is_refused():
         uniform_t(LINEAR, 12, t_end=10)
     with pytest.raises(ValueError, match="n = 80, t0 = 50"):
         paper_grid(50, 80)
+
+
+def test_grids_end_at_the_last_level_with_sigma_up_to_160():
+    cosine = from_diffusers(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    assert LINEAR.t_end == 999
+    assert cosine.sigma(cosine.t_end) <= 160 < cosine.sigma(cosine.t_end + 1)
+    assert cosine.sigma(999) == pytest.approx(20_291, rel=1e-2)
+    assert uniform_log_sigma(cosine, 5)[-1] == uniform_t(cosine, 5)[-1] == cosine.t_end
+    assert uniform_t(cosine, 5, t_end=999)[-1] == 999

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from ood_lib import training
-from ood_lib.models import load_model
+from ood_lib.models import load_model, model_names
 from ood_lib.training import (
     Recipe,
     fast_precision,
@@ -212,11 +212,13 @@ def weights_in_order(folder):
     return [p.contiguous() for p in network.parameters()]
 
 
-def test_the_zoo_model_saw_at_least_what_was_asked_for(root):
-    record = json.loads((root / "data/zoo/ddpm-fashion-32/training.json").read_text())
-    assert record["domain"] == "fashion"
-    assert record["training_images"] == 60_000
+@pytest.mark.parametrize("name", model_names())
+def test_a_zoo_model_saw_at_least_what_was_asked_for(root, name):
+    record = json.loads((root / f"data/zoo/{name}/training.json").read_text())
+    assert record["domain"] == name.split("-")[1]
+    assert record["recipe"].get("family", "ddpm") == load_model(name).family == name.split("-")[0]
     assert record["images_seen"] >= 400_000
+    assert (root / f"data/zoo/{name}" / WEIGHTS).stat().st_size < 8 * 2**20
     assert np.mean(record["loss"][-10:]) < 0.5 * np.mean(record["loss"][:2])
 
 
@@ -247,6 +249,37 @@ def test_the_loss_falls_on_a_trivial_data_set(tmp_path):
     loss = json.loads((tmp_path / "model/training.json").read_text())["loss"]
     assert np.mean(loss[:5]) > 0.6
     assert np.mean(loss[-20:]) < 0.4 * np.mean(loss[:5])
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+def test_a_stopped_run_with_learned_variances_ends_with_the_same_bits(tmp_path, stop):
+    learned = replace(TINY, family="iddpm", images_seen=32)
+    run(tmp_path / "whole", learned)
+    run(tmp_path / "parts", learned, stop_after=stop)
+    run(tmp_path / "parts", learned)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_learned_variances_double_the_output_and_bring_the_cosine_schedule(tmp_path):
+    run(tmp_path, replace(TINY, family="iddpm", images_seen=8))
+    model = load_model(str(tmp_path / "model"))
+    assert (model.family, model.sample_shape) == ("iddpm", (1, 8, 8))
+    assert model.network.config.out_channels == 2
+    assert model.schedule.alpha_bar[500] == pytest.approx(
+        np.cos((501 / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+        / np.cos(0.008 / 1.008 * np.pi / 2) ** 2,
+        rel=1e-4,
+    )
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "model").scheduler
+    assert scheduler.config.variance_type == "learned_range"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_learns_the_same_to_rounding(tmp_path, whole):
+    run(tmp_path, compiled=True)
+    ours, theirs = weights(tmp_path), weights(whole)
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-3) for k in theirs)
 
 
 def test_bf16_autocast_trains(tmp_path):
@@ -312,7 +345,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_like_half_a_cosine():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch_size": 0}, {"images_seen": 0}, {"images_seen": -5}, {"precision": "fp8"}],
+    [
+        {"batch_size": 0},
+        {"images_seen": 0},
+        {"images_seen": -5},
+        {"precision": "fp8"},
+        {"family": "edm"},
+    ],
     ids=str,
 )
 def test_a_wrong_recipe_is_named(tmp_path, wrong):
