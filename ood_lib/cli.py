@@ -30,26 +30,37 @@ def models() -> None:
 
 @app.command()
 def train(
-    domain: Annotated[str, typer.Argument(help="domain with a training set: fashion or digits")],
+    domain: Annotated[str, typer.Argument(help="digits, emoji, fashion or relief")],
     out: Annotated[Path, typer.Option(help="pipeline folder to write")],
+    family: Annotated[str, typer.Option(help="ddpm, or iddpm for learned variances")] = "ddpm",
     images_seen: Annotated[int, typer.Option(help="length of the run in images")] = 409_600,
     batch_size: Annotated[int, typer.Option(help="images a step")] = 64,
     seed: Annotated[int, typer.Option(help="weights, data order, timesteps, noise")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="train through torch.compile: needs a C++ compiler")
+    ] = False,
     source: Annotated[Path | None, typer.Option(help="folder with the package's files")] = None,
 ) -> None:
-    """Train a DDPM on a domain; a killed run goes on where its last checkpoint stands."""
+    """Train a model on a domain; a killed run goes on where its last checkpoint stands."""
     from ood_lib import training
-    from ood_lib.domains import project_root, train_images
+    from ood_lib.domains import project_root
+    from ood_lib.sources import train_images
 
     chosen = training.fast_precision(device) if precision == "auto" else precision
     recipe = training.Recipe(
-        images_seen=images_seen, batch_size=batch_size, precision=chosen, seed=seed
+        images_seen=images_seen,
+        batch_size=batch_size,
+        precision=chosen,
+        seed=seed,
+        family=family,
     )
     work = project_root() / "runs" / "training" / out.name
     images = train_images(domain, source=source)
-    made = training.train(images, recipe, out, work=work, name=domain, device=device)
+    made = training.train(
+        images, recipe, out, work=work, name=domain, device=device, compiled=compiled
+    )
     typer.echo(f"wrote {made}")
 
 
@@ -63,21 +74,42 @@ def card(name: Annotated[str, typer.Argument(help="a model of data/zoo")]) -> No
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="a .ckpt or .pt of the DDPM or ADM code")],
+    out: Annotated[Path, typer.Argument(help="diffusers folder to write")],
+    layout: Annotated[str, typer.Option(help="auto, ddpm or adm")] = "auto",
+    head_channels: Annotated[int, typer.Option(help="width of an attention head, adm")] = 64,
+    side: Annotated[int, typer.Option(help="height and width of the images")] = 256,
+    schedule: Annotated[str, typer.Option(help="linear or cosine")] = "linear",
+) -> None:
+    """Turn an original DDPM or iDDPM/ADM checkpoint into a diffusers folder."""
+    from ood_lib import checkpoints
+
+    made = checkpoints.convert(
+        checkpoint, out, layout=layout, head_channels=head_channels, side=side, schedule=schedule
+    )
+    typer.echo(f"wrote {made}")
+
+
+@app.command()
 def invert(
     model: Annotated[str, typer.Argument(help="zoo name, diffusers folder or hub id")],
     domain: Annotated[str, typer.Argument(help="domain, image folder or hub dataset")],
     split: Annotated[str, typer.Option(help="split of the domain")] = "fit",
     n: Annotated[int | None, typer.Option(help="first n images; all by default")] = None,
-    t_end: Annotated[float, typer.Option(help="level of the latents")] = 999.0,
+    t_end: Annotated[
+        float | None, typer.Option(help="level of the latents; sigma = 160 or the last by default")
+    ] = None,
     points: Annotated[int, typer.Option(help="points of the grid, uniform in log sigma")] = 24,
     solver: Annotated[str, typer.Option(help="ab2, heun or ddim")] = "ab2",
     start: Annotated[str, typer.Option(help="level0, sigma0 or noise")] = "level0",
     seed: Annotated[int, typer.Option(help="noise of --start noise")] = 0,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
     """Invert the images of a domain and keep the latents in runs/latents."""
     from ood_lib import latents
 
-    spec = latents.LatentSpec(model, domain, split, n, t_end, points, solver, start, seed)
+    spec = latents.LatentSpec(model, domain, split, n, t_end, points, solver, start, seed, revision)
     made = latents.get(spec, progress=True)
     typer.echo(
         f"{len(made.latent)} latents, {made.nfe} network calls an image: {latents.path_of(spec)}"
@@ -86,13 +118,13 @@ def invert(
 
 @domains_app.command("build")
 def build(
-    name: Annotated[str, typer.Argument(help="fashion, digits, faces, textures or galaxies")],
+    name: Annotated[str, typer.Argument(help="a domain that has a builder")],
     source: Annotated[
         Path | None, typer.Option(help="folder with the package's data files")
     ] = None,
 ) -> None:
     """Build data/domains/NAME.npz and its datasheet entry from the package it comes from."""
-    from ood_lib.domains import build_domain
+    from ood_lib.sources import build_domain
 
     typer.echo(f"wrote {build_domain(name, source=source)}")
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from ood_lib.checkpoints import load_checkpoint
 from ood_lib.domains import project_root
 from ood_lib.schedule import NoiseSchedule, from_diffusers
 
@@ -27,7 +28,8 @@ __all__ = [
     "zero_model",
 ]
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# a pickle is read only where there is no safetensors
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,15 @@ def model_names(root: Path | None = None) -> list[str]:
     return sorted(path.parent.name for path in zoo.glob("*/model_index.json"))
 
 
-def pipeline_folder(name: str) -> Path:
+def pipeline_folder(name: str, *, revision: str | None = None) -> Path:
     """Find the diffusers folder of a model.
 
     Parameters
     ----------
     name : str
         A name of ``data/zoo``, a diffusers pipeline folder, or a hub id ``owner/model``.
+    revision : str, optional
+        Branch, tag or commit of a hub id; its newest state by default.
 
     Returns
     -------
@@ -141,7 +145,7 @@ def pipeline_folder(name: str) -> Path:
     Raises
     ------
     ValueError
-        If there is no such model.
+        If there is no such model, it cannot be fetched, or a revision of a local folder is asked for.
 
     Examples
     --------
@@ -150,26 +154,48 @@ def pipeline_folder(name: str) -> Path:
     """
     zoo = project_root() / "data" / "zoo" / name
     for folder in (zoo, Path(name)):
-        if (folder / "model_index.json").is_file():
+        # a hub repository may hold the network at its top, with or without an index
+        if any((folder / part).is_file() for part in ("model_index.json", "config.json")):
+            if revision is not None:
+                raise ValueError(f"{folder} is a local folder; leave out revision {revision!r}")
             return folder
     if Path(name).is_dir():
-        raise ValueError(f"{name} has no model_index.json; give a diffusers pipeline folder")
+        raise ValueError(
+            f"{name} has neither model_index.json nor config.json; give a diffusers pipeline folder"
+        )
     if name.count("/") != 1:
         known = ", ".join(model_names())
         raise ValueError(
             f"unknown model {name!r}; known are {known}, or give a diffusers folder or owner/model"
         )
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Fetch the files of one network; what is in the cache already is not fetched again."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:
+        for weights in WEIGHTS:
+            patterns = ["*.json", weights, f"unet/{weights}"]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if (folder / weights).is_file() or (folder / "unet" / weights).is_file():
+                break
+    except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"model {name!r} could not be fetched from the hub ({type(error).__name__}: {error})"
+            f"model {name!r} is not in the local cache and the hub cannot be reached; connect to the "
+            "network, or give a local folder"
         ) from error
+    except Exception as error:  # the errors of the HTTP client have no common type
+        raise ValueError(
+            f"model {name!r} could not be fetched from the hub ({type(error).__name__}: {error}); "
+            "check name and revision; a download that broke off goes on when run again"
+        ) from error
+    return folder
 
 
-def load_model(name: str, *, device: str = "cpu") -> FrozenModel:
+def load_model(name: str, *, device: str = "cpu", revision: str | None = None) -> FrozenModel:
     """Load a frozen model.
 
     Parameters
@@ -178,6 +204,8 @@ def load_model(name: str, *, device: str = "cpu") -> FrozenModel:
         A name of ``data/zoo``, a diffusers pipeline folder, or a hub id ``owner/model``.
     device : str, default "cpu"
         A torch device.
+    revision : str, optional
+        Branch, tag or commit of a hub id; its newest state by default.
 
     Returns
     -------
@@ -187,14 +215,19 @@ def load_model(name: str, *, device: str = "cpu") -> FrozenModel:
     Raises
     ------
     ValueError
-        If the name is unknown, a file is missing, or a weight is not finite.
+        If the name is unknown, a file is missing or holds code, or a weight is not finite.
+
+    Notes
+    -----
+    The models ``google/ddpm-{celebahq,church,bedroom}-256`` are those of Ho et al. (arXiv:2006.11239).
+    `ood_lib.checkpoints.convert` makes a folder of an original checkpoint.
 
     Examples
     --------
     >>> load_model("ddpm-fashion-32").sample_shape
     (1, 32, 32)
     """
-    folder = pipeline_folder(name)
+    folder = pipeline_folder(name, revision=revision)
     scheduler, network = _read_parts(folder)
     bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if bad:
@@ -207,17 +240,38 @@ def _read_parts(folder: Path) -> tuple[DDPMScheduler, UNet2DModel]:
     """Read scheduler and network; a part that is missing, cut or incomplete is named."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    for part in ("scheduler/scheduler_config.json", "unet/config.json", WEIGHTS):
-        if not (folder / part).is_file():
-            raise ValueError(f"{folder} lacks {part}; give a whole diffusers pipeline folder")
+    schedule, config, weights = _parts(folder)
     try:
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-        network, info = UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
+        if weights.suffix == ".bin":
+            load_checkpoint(weights)  # diffusers refuses code as well, but does not say why
+        kind = UNet2DModel.load_config(config.parent).get("_class_name", "UNet2DModel")
+        if kind != "UNet2DModel":
+            raise ValueError(f"it holds a {kind}; give an unconditional UNet2DModel")
+        scheduler = DDPMScheduler.from_pretrained(schedule.parent)
+        network, info = UNet2DModel.from_pretrained(
+            weights.parent,
+            output_loading_info=True,
+            use_safetensors=weights.suffix == ".safetensors",
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read as a model ({error})") from error
     if info["missing_keys"]:
-        raise ValueError(f"{folder}/{WEIGHTS} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise ValueError(f"{weights} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     return scheduler, network
+
+
+def _parts(folder: Path) -> tuple[Path, Path, Path]:
+    """Find scheduler, configuration and weights: in folders of their own, or all at the top."""
+    flat = not any((folder / part).is_dir() for part in ("unet", "scheduler"))
+    unet, scheduler = (folder, folder) if flat else (folder / "unet", folder / "scheduler")
+    weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), unet / WEIGHTS[0])
+    parts = (scheduler / "scheduler_config.json", unet / "config.json", weights)
+    for part in parts:
+        if not part.is_file():
+            raise ValueError(
+                f"{folder} lacks {part.relative_to(folder)}; give a whole diffusers pipeline folder"
+            )
+    return parts
 
 
 def _from_network(

@@ -113,7 +113,7 @@ WRONG = {
     "level that is no number": ("invert tiny faces --t-end nan", ["nan", "999"]),
     "training domain": ("train faces --out OUT", ["'faces'", "fashion", "digits"]),
     "unknown training domain": ("train moon --out OUT", ["'moon'"]),
-    "builder": ("domains build moon", ["'moon'", "digits, faces, fashion, galaxies, textures"]),
+    "builder": ("domains build moon", ["'moon'", "digits, earth, emoji, faces, fashion"]),
     "source": ("domains build fashion --source nowhere", ["nowhere"]),
     "precision": ("train fashion --out OUT --precision fp8", ["fp8", "fp32", "bf16"]),
     "batch size": ("train fashion --out OUT --batch-size 0", ["batch_size", "0"]),

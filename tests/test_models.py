@@ -1,7 +1,11 @@
 """Frozen models: loading, prediction types, controls, and what is said when something is wrong."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,6 +22,48 @@ from ood_lib.models import (
 )
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+# config.json and scheduler_config.json of google/ddpm-{celebahq,church,bedroom}-256, which stand at the
+# top of the repository beside a pickled diffusion_pytorch_model.bin
+GOOGLE_UNET = {
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+GOOGLE_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+}
+SMALL = {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "sample_size": 8,
+}
 
 
 @pytest.fixture
@@ -184,6 +230,205 @@ def test_an_unknown_prediction_type_lists_the_known_ones(factory, tmp_path):
     config.write_text(config.read_text().replace('"epsilon"', '"flow"'))
     with pytest.raises(ValueError, match="'flow' is not known; use epsilon, sample, v_prediction"):
         load_model(str(folder))
+
+
+# other layouts of a folder: all at the top, pickled weights
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Folder as the google models have it, small: all at the top, pickled, attention under old names."""
+    from diffusers import UNet2DModel
+
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(GOOGLE_UNET | SMALL))
+    (folder / "scheduler_config.json").write_text(json.dumps(GOOGLE_SCHEDULER))
+    (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = UNet2DModel.from_config(GOOGLE_UNET | SMALL).state_dict()
+    for new, old in {
+        "to_q": "query",
+        "to_k": "key",
+        "to_v": "value",
+        "to_out.0": "proj_attn",
+    }.items():
+        weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
+    assert sum(".proj_attn." in name for name in weights) == 8
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    return folder
+
+
+def expected_eps(folder, x, t):
+    """Output of the network in `folder`, put together by hand."""
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_config(GOOGLE_UNET | SMALL).eval()
+    weights = torch.load(folder / "diffusion_pytorch_model.bin", weights_only=True)
+    for new, old in {
+        "to_q": "query",
+        "to_k": "key",
+        "to_v": "value",
+        "to_out.0": "proj_attn",
+    }.items():
+        weights = {name.replace(f".{old}.", f".{new}."): value for name, value in weights.items()}
+    unet.load_state_dict(weights)
+    with torch.no_grad():
+        return unet(x, t).sample
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_flat_folder_with_pickled_weights_is_read(flat, indexed):
+    if not indexed:
+        (flat / "model_index.json").unlink()
+    model = load_model(str(flat))
+    assert (model.family, model.sample_shape) == ("ddpm", (3, 8, 8))
+    x = noisy(model)
+    torch.testing.assert_close(model.eps(x, 40), expected_eps(flat, x, 40), atol=1e-5, rtol=1e-4)
+    assert model.schedule.alpha_bar[0] == pytest.approx(1 - 1e-4)
+
+
+def test_the_google_models_have_the_published_number_of_parameters():
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(GOOGLE_UNET)
+    assert sum(p.numel() for p in unet.parameters()) == 113_673_219
+
+
+@pytest.mark.parametrize(
+    "part", ["config.json", "scheduler_config.json", "diffusion_pytorch_model.bin"]
+)
+def test_a_flat_folder_names_the_file_that_it_lacks(flat, part):
+    (flat / part).unlink()
+    with pytest.raises(ValueError, match=f"lacks {part.split('.')[0]}"):
+        load_model(str(flat))
+
+
+def test_safetensors_are_preferred(copied, tiny):
+    bad = {name: value * torch.nan for name, value in load_file(copied / WEIGHTS).items()}
+    torch.save(bad, (copied / WEIGHTS).with_suffix(".bin"))
+    x = noisy(tiny)
+    assert torch.equal(load_model(str(copied)).eps(x, 3), tiny.eps(x, 3))
+
+
+def test_a_pickle_beside_nothing_else_is_read(copied, tiny):
+    torch.save(load_file(copied / WEIGHTS), (copied / WEIGHTS).with_suffix(".bin"))
+    (copied / WEIGHTS).unlink()
+    x = noisy(tiny)
+    assert torch.equal(load_model(str(copied)).eps(x, 3), tiny.eps(x, 3))
+
+
+class Code:
+    """Object whose unpickling makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_runs(flat, tmp_path):
+    torch.save(
+        {"w": torch.ones(1), "x": Code(tmp_path / "ran")}, flat / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        ValueError, match=r"holds \w+\.mkdir.* nothing in it was run; .* safetensors"
+    ):
+        load_model(str(flat))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_cut_pickle_is_named(flat):
+    weights = flat / "diffusion_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin cannot be read"):
+        load_model(str(flat))
+
+
+@pytest.mark.parametrize("kind", ["UNetUnconditionalModel", "UNet2DConditionModel"])
+def test_another_network_is_named(flat, kind):
+    """The first is the name under which the google models were first published."""
+    (flat / "config.json").write_text(json.dumps(GOOGLE_UNET | SMALL | {"_class_name": kind}))
+    with pytest.raises(ValueError, match=f"holds a {kind}; give an unconditional UNet2DModel"):
+        load_model(str(flat))
+
+
+# the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand-in for the hub: fetches by copying what the patterns allow, and keeps the requests."""
+    requests = []
+
+    def publish(folder, cache):
+        def snapshot_download(name, *, revision, allow_patterns):
+            requests.append((name, revision, allow_patterns))
+            files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+            for path in files:
+                if any(path.match(pattern) for pattern in allow_patterns):
+                    (cache / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(folder / path, cache / path)
+            return str(cache)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return requests
+
+    return publish
+
+
+def test_a_flat_model_is_fetched_and_its_pickle_only_for_want_of_safetensors(hub, flat, tmp_path):
+    requests = hub(flat, tmp_path / "cache")
+    model = load_model("google/ddpm-church-256", revision="5a1118b")
+    assert (model.name, model.sample_shape) == ("ddpm-church-256", (3, 8, 8))
+    assert [request[:2] for request in requests] == [("google/ddpm-church-256", "5a1118b")] * 2
+    assert [any("bin" in pattern for pattern in request[2]) for request in requests] == [
+        False,
+        True,
+    ]
+
+
+def test_no_pickle_is_fetched_beside_safetensors(hub, copied, tmp_path):
+    shutil.copy(copied / WEIGHTS, (copied / WEIGHTS).with_suffix(".bin"))
+    requests = hub(copied, tmp_path / "cache")
+    assert load_model("owner/tiny").sample_shape == (1, 8, 8)
+    assert len(requests) == 1
+    assert requests[0][1] is None
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_no_network_is_said_in_one_sentence():
+    """The tests run offline, and the cache is empty."""
+    with pytest.raises(
+        ValueError, match="'google/no-such-256' is not in the local cache"
+    ) as caught:
+        load_model("google/no-such-256")
+    assert "connect to the network, or give a local folder" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("slow"), RuntimeError("reset"), OSError("disk full")]
+)
+def test_a_download_that_fails_gives_its_reason(monkeypatch, error):
+    def snapshot_download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=rf"'a/b' .* \({type(error).__name__}: {error}\)"):
+        load_model("a/b")
+
+
+@pytest.mark.parametrize("name", ["ddpm-fashion-32", "tiny"])
+def test_a_local_folder_has_no_revision(name, tiny_folder):
+    where = str(tiny_folder) if name == "tiny" else name
+    with pytest.raises(
+        ValueError, match=f"{Path(where).name} is a local folder; leave out revision 'v1'"
+    ):
+        load_model(where, revision="v1")
 
 
 # controls
