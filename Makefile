@@ -29,8 +29,8 @@ test-all: .venv/.installed  ## run all tests
 	@$(BIN)/python -m pytest
 
 lint: .venv/.installed  ## check style and formatting
-	@$(BIN)/ruff check ood_lib tests notebooks
-	@$(BIN)/ruff format --check ood_lib tests notebooks
+	@$(BIN)/ruff check ood_lib tests notebooks benchmarks
+	@$(BIN)/ruff format --check ood_lib tests notebooks benchmarks
 
 serve:  ## serve the book that `make book` built
 	@test -f $(INDEX) || { echo "there is no book yet: run make book" >&2; exit 1; }

@@ -449,8 +449,9 @@ def latents_hash(entry: Mapping[str, Any]) -> str:
     str
         64 hexadecimal digits.
     """
-    data = project_root() / "data"
-    shipped = [data / "zoo" / entry["model"], data / "domains" / f"{entry['domain']}.npz"]
+    data, model = project_root() / "data", entry["model"]
+    parts = [data / "zoo" / model / part for part in ("unet", "scheduler")]
+    shipped = [*parts, data / "domains" / f"{entry['domain']}.npz"]
     content = [_content_hash(path) for path in shipped if path.exists()]
     return _sha(json.dumps([dict(entry), _code({"latents"}), content], sort_keys=True))
 

@@ -10,8 +10,10 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 domains_app = typer.Typer(no_args_is_help=True, help="Shipped image sets.")
+classifier_app = typer.Typer(no_args_is_help=True, help="The classifier of domains.")
 chapter_app = typer.Typer(no_args_is_help=True, help="Run chapters and tell which are stale.")
 app.add_typer(domains_app, name="domains")
+app.add_typer(classifier_app, name="classifier")
 app.add_typer(chapter_app, name="chapter")
 
 
@@ -38,9 +40,6 @@ def train(
     seed: Annotated[int, typer.Option(help="weights, data order, timesteps, noise")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="train through torch.compile: needs a C++ compiler")
-    ] = False,
     source: Annotated[Path | None, typer.Option(help="folder with the package's files")] = None,
 ) -> None:
     """Train a model on a domain; a killed run goes on where its last checkpoint stands."""
@@ -58,9 +57,7 @@ def train(
     )
     work = project_root() / "runs" / "training" / out.name
     images = train_images(domain, source=source)
-    made = training.train(
-        images, recipe, out, work=work, name=domain, device=device, compiled=compiled
-    )
+    made = training.train(images, recipe, out, work=work, name=domain, device=device)
     typer.echo(f"wrote {made}")
 
 
@@ -71,6 +68,22 @@ def card(name: Annotated[str, typer.Argument(help="a model of data/zoo")]) -> No
     from ood_lib.training import write_card
 
     typer.echo(f"wrote {write_card(pipeline_folder(name))}")
+
+
+@app.command()
+def quality(
+    name: Annotated[str, typer.Argument(help="a model of data/zoo")],
+    source: Annotated[Path | None, typer.Option(help="folder with the package's files")] = None,
+    early: Annotated[Path | None, typer.Option(help="weights at a tenth of the training")] = None,
+) -> None:
+    """Measure a model against held-out images of its domain, and write its record and card."""
+    from ood_lib.models import pipeline_folder
+    from ood_lib.quality import measure_quality
+    from ood_lib.training import write_card
+
+    made = measure_quality(name, source=source, early=early)
+    write_card(pipeline_folder(name))
+    typer.echo(f"wrote {made}")
 
 
 @app.command()
@@ -105,15 +118,30 @@ def invert(
     start: Annotated[str, typer.Option(help="level0, sigma0 or noise")] = "level0",
     seed: Annotated[int, typer.Option(help="noise of --start noise")] = 0,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="images in a network call")] = 64,
 ) -> None:
     """Invert the images of a domain and keep the latents in runs/latents."""
     from ood_lib import latents
 
     spec = latents.LatentSpec(model, domain, split, n, t_end, points, solver, start, seed, revision)
-    made = latents.get(spec, progress=True)
+    made = latents.get(spec, device=device, batch_size=batch_size, progress=True)
     typer.echo(
         f"{len(made.latent)} latents, {made.nfe} network calls an image: {latents.path_of(spec)}"
     )
+
+
+@classifier_app.command("train")
+def train_domain_classifier(
+    out: Annotated[Path | None, typer.Option(help="data/classifier by default")] = None,
+    seed: Annotated[int, typer.Option(help="weights, order and augmentation")] = 0,
+) -> None:
+    """Train the classifier of domains on the shipped sets and judge it on what is held out."""
+    from ood_lib.classifier import train_classifier
+    from ood_lib.domains import project_root
+
+    made = train_classifier(out or project_root() / "data" / "classifier", seed=seed)
+    typer.echo(f"wrote {made}")
 
 
 @domains_app.command("build")

@@ -132,7 +132,7 @@ def _model_sha256(model: FrozenModel) -> str:
     digest = hashlib.sha256(model.schedule.alpha_bar.tobytes())
     if model.network is not None:
         for key, value in sorted(model.network.state_dict().items()):
-            digest.update(key.encode() + value.numpy().tobytes())
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
     else:
         probe = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0))
         for t in np.linspace(0, model.schedule.num_train_timesteps - 1, 3):
@@ -197,7 +197,14 @@ def read(path: Path, expected: dict[str, str]) -> tuple[torch.Tensor, dict[str, 
     return latent, metadata
 
 
-def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = False) -> LatentSet:
+def get(
+    spec: LatentSpec,
+    *,
+    model: FrozenModel | None = None,
+    device: str = "cpu",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> LatentSet:
     """Read latents from disk, or invert the images and write them.
 
     Parameters
@@ -205,7 +212,11 @@ def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = 
     spec : LatentSpec
         Which latents.
     model : FrozenModel, optional
-        The model of `spec`, if it is loaded already.
+        The model of `spec`, if it is loaded already, on `device`.
+    device : str, default "cpu"
+        A torch device to invert on; what is returned is on the CPU.
+    batch_size : int, default 64
+        Images in a network call; the latents do not depend on it.
     progress : bool, default False
         Show a progress bar while inverting.
 
@@ -225,11 +236,11 @@ def get(spec: LatentSpec, *, model: FrozenModel | None = None, progress: bool = 
     Traceback (most recent call last):
     ValueError: unknown model 'no-such-model'; known are ...
     """
-    model = model or load_model(spec.model, revision=spec.revision)
+    model = model or load_model(spec.model, revision=spec.revision, device=device)
     images = load_images(spec.domain, n=spec.n, split=spec.split, like=model)
     identity, path = _identity(spec, model, images), path_of(spec)
     if not path.exists():
-        _write(path, identity, spec, model, images, progress)
+        _write(path, identity, spec, model, images.to(device), batch_size, progress)
     latent, metadata = read(path, identity)
     return LatentSet(
         latent, images, spec, np.array(json.loads(metadata["timesteps"])), int(metadata["nfe"])
@@ -242,6 +253,7 @@ def _write(
     spec: LatentSpec,
     model: FrozenModel,
     images: torch.Tensor,
+    batch_size: int,
     progress: bool,
 ) -> None:
     grid = uniform_log_sigma(model.schedule, spec.points, t_end=spec.t_end)
@@ -253,9 +265,10 @@ def _write(
         solver=spec.solver,
         start=spec.start,
         generator=generator,
+        batch_size=batch_size,
         progress=progress,
     )
-    latent = made.latent.float().contiguous()
+    latent = made.latent.cpu().float().contiguous()
     metadata = {**identity, "timesteps": json.dumps(grid.tolist()), "nfe": str(made.nfe)}
     metadata["checksum"] = _checksum(latent, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)

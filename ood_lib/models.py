@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FrozenModel",
+    "check_device",
     "linear_model",
     "load_model",
     "model_names",
@@ -195,6 +196,37 @@ def _fetch(name: str, revision: str | None) -> Path:
     return folder
 
 
+def check_device(name: str) -> str:
+    """Give a torch device its full name, or say that it is not there.
+
+    Parameters
+    ----------
+    name : str
+        For example "cpu", "cuda" or "cuda:1".
+
+    Returns
+    -------
+    str
+        The name as torch writes it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device here.
+
+    Examples
+    --------
+    >>> check_device("cpu")
+    'cpu'
+    """
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} is not here; use cpu, or cuda where there is a GPU"
+        ) from error
+
+
 def load_model(name: str, *, device: str = "cpu", revision: str | None = None) -> FrozenModel:
     """Load a frozen model.
 
@@ -227,7 +259,7 @@ def load_model(name: str, *, device: str = "cpu", revision: str | None = None) -
     >>> load_model("ddpm-fashion-32").sample_shape
     (1, 32, 32)
     """
-    folder = pipeline_folder(name, revision=revision)
+    device, folder = check_device(device), pipeline_folder(name, revision=revision)
     scheduler, network = _read_parts(folder)
     bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if bad:

@@ -27,11 +27,19 @@ from tqdm.auto import tqdm
 
 from ood_lib.inversion import generate
 from ood_lib.losses import hybrid_loss, simple_loss
-from ood_lib.models import load_model
+from ood_lib.models import check_device, load_model
 from ood_lib.plotting import error_curves, image_rows, use_style
 from ood_lib.schedule import uniform_log_sigma
 
-__all__ = ["Recipe", "fast_precision", "learning_rate", "train", "training_batch", "write_card"]
+__all__ = [
+    "Recipe",
+    "TrainingRun",
+    "fast_precision",
+    "learning_rate",
+    "train",
+    "training_batch",
+    "write_card",
+]
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "ddpm": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2},
@@ -236,28 +244,38 @@ def _data_sha256(images: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
-def _device(name: str) -> str:
-    try:
-        return str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} is not here; use cpu, or cuda where there is a GPU"
-        ) from error
+class TrainingRun:
+    """The state of a training run: network, optimiser, moving average, step, loss log.
 
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C)
+        uint8 training images.
+    recipe : Recipe
+        The run.
+    device : str
+        A torch device.
 
-class _Run:
-    """The state of a training run: network, optimiser, moving average, step, loss log."""
+    Raises
+    ------
+    ValueError
+        If there are no images or no such device.
 
-    def __init__(
-        self, images: np.ndarray, recipe: Recipe, device: str, compiled: bool = False
-    ) -> None:
+    Examples
+    --------
+    >>> tiny = Recipe(images_seen=8, batch_size=4, channels=(8, 8), groups=4, head_dim=8)
+    >>> run = TrainingRun(np.zeros((8, 8, 8, 1), np.uint8), tiny, "cpu")
+    >>> run.advance() > 0, run.step
+    (True, 1)
+    """
+
+    def __init__(self, images: np.ndarray, recipe: Recipe, device: str) -> None:
         if len(images) == 0:
             raise ValueError("there are no training images; give at least one")
-        self.images, self.recipe, self.device = images, recipe, _device(device)
+        self.images, self.recipe, self.device = images, recipe, check_device(device)
         self.data_sha256 = _data_sha256(images)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, **SCHEDULERS[recipe.family])
         self.net = _network(recipe, images.shape[1:]).to(self.device).train()
-        self.forward = torch.compile(self.net) if compiled else self.net
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=recipe.lr, weight_decay=0.0)
         self.ema = EMAModel(
             self.net.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
@@ -265,7 +283,7 @@ class _Run:
         self.step, self.seconds, self.losses = 0, 0.0, []
 
     def advance(self) -> float:
-        """One optimiser step; returns the loss."""
+        """Take one optimiser step and return its loss."""
         x0, t, noise = (
             a.to(self.device)
             for a in training_batch(
@@ -276,7 +294,7 @@ class _Run:
         with torch.autocast(
             torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
         ):
-            out = self.forward(x_t, t).sample.float()
+            out = self.net(x_t, t).sample.float()
         if self.recipe.family == "iddpm":
             loss = hybrid_loss(out, noise, x0, t, self.scheduler)
         else:
@@ -292,6 +310,7 @@ class _Run:
         return loss.item()
 
     def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds."""
         return {
             "recipe": asdict(self.recipe),
             "data_sha256": self.data_sha256,
@@ -304,6 +323,7 @@ class _Run:
         }
 
     def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of the same recipe and images."""
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
         except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
@@ -345,7 +365,6 @@ def train(
     work: Path,
     name: str,
     device: str = "cpu",
-    compiled: bool = False,
     checkpoint_every: int = 200,
     stop_after: int | None = None,
 ) -> Path:
@@ -365,8 +384,6 @@ def train(
         Name of the data in the training record.
     device : str, default "cpu"
         A torch device type.
-    compiled : bool, default False
-        Train through ``torch.compile``: a minute to start, then faster; a C++ compiler is needed.
     checkpoint_every : int, default 200
         Steps between checkpoints.
     stop_after : int, optional
@@ -398,7 +415,7 @@ def train(
     ...     train(pixels, tiny, Path(folder, "model"), work=Path(folder), name="black").name
     'model'
     """
-    run = _Run(images, recipe, device, compiled)
+    run = TrainingRun(images, recipe, device)
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         run.restore(checkpoint)
@@ -429,7 +446,7 @@ def train(
     return out
 
 
-def _save(run: _Run, out: Path, name: str) -> None:
+def _save(run: TrainingRun, out: Path, name: str) -> None:
     DDPMPipeline(unet=run.ema_network(), scheduler=run.scheduler).save_pretrained(out)
     curve = np.array(run.losses)
     edges = np.unique(np.linspace(0, len(curve), 101).astype(int))
@@ -442,7 +459,6 @@ def _save(run: _Run, out: Path, name: str) -> None:
         "recipe": asdict(run.recipe),
         "wall_seconds": round(run.seconds),
         "threads": torch.get_num_threads(),
-        "compiled": run.forward is not run.net,
         "torch": torch.__version__.split("+")[0],
         "loss_step": edges[1:].tolist(),
         "loss": [round(float(curve[a:b].mean()), 5) for a, b in pairwise(edges)],
@@ -481,13 +497,25 @@ from scratch and then frozen. Read it with `DDPMPipeline.from_pretrained` or
 | wall time | {minutes:.0f} minutes on {threads} CPU thread(s), shared with other work |
 | torch | {torch} |
 
-The record of the run is `training.json`; `ood card {name}` makes this page from it.
+The record of the run is `training.json`, that of the quality `quality.json`; `ood card {name}` makes
+this page from them.
+
+## Quality
+
+{quality}
 
 **Use.** Study of frozen models: inversion, latents, sampling of domains that the model never saw.
 **Limits.** A small network and a short training at low resolution: samples are recognisable, not
 photographic. It knows nothing but {domain}.
 """
 
+
+LINES = {
+    "model": "samples of the model",
+    "early": "the same run at a tenth of its training",
+    "gaussian": "Gaussian fitted to the training pixels",
+    "train": "training images",
+}
 
 METHODS = {
     "ddpm": "linear betas from 1e-4 to 2e-2, T = 1000, noise prediction, simple loss",
@@ -539,7 +567,31 @@ def write_card(folder: Path) -> Path:
         | record
         | {"name": folder.name, "side": side, "minutes": record["wall_seconds"] / 60}
         | {"widths": ", ".join(map(str, recipe["channels"])), "channels": channels}
-        | {"method": METHODS[recipe["family"]]}
+        | {"method": METHODS[recipe["family"]], "quality": _quality_section(folder)}
     )
     (folder / "README.md").write_text(text)
     return folder / "README.md"
+
+
+def _quality_section(folder: Path) -> str:
+    """Table of ``quality.json``, in the features that suit the domain."""
+    if not (folder / "quality.json").is_file():
+        return f"Not measured yet: `ood quality {folder.name}`."
+    record = json.loads((folder / "quality.json").read_text())
+    shares = ("precision", "recall", "density", "coverage")
+    rows = [
+        [LINES[line], f"{measured[space]['kid'][0]:.4f}"]
+        + [f"{measured[space][share]:.2f}" for share in shares]
+        + [f"{measured['share']:.2f}"]
+        for space in [record["space"]]
+        for line, measured in ((line, record["lines"][line]) for line in LINES)
+    ]
+    header = ["", "KID", *shares, "share"]
+    table = [header, ["---"] * len(header), *rows]
+    kind = "an ImageNet network" if record["space"] == "imagenet" else "the domain classifier"
+    return (
+        f"{record['n']} images a line against as many held-out images, in features of {kind}; *share* "
+        "is the part that the domain classifier calls the model's own domain "
+        f"({record['held_out_share']:.2f} of the held-out images). Measured by "
+        f"`ood quality {folder.name}`.\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table)
+    )

@@ -209,8 +209,8 @@ def test_latents_change_with_code_and_entry(project):
     seen = {chapters.latents_hash(entry), chapters.latents_hash({**entry, "n": 5})}
     edit(project / "near_lib" / "deep.py", "n + 1", "n + 2")
     seen.add(chapters.latents_hash(entry))
-    (project / "data" / "zoo" / "m").mkdir(parents=True)
-    (project / "data" / "zoo" / "m" / "weights").write_text("1")
+    (project / "data" / "zoo" / "m" / "unet").mkdir(parents=True)
+    (project / "data" / "zoo" / "m" / "unet" / "weights").write_text("1")
     seen.add(chapters.latents_hash(entry))
     assert len(seen) == 4
 

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from prdc import compute_prdc
 
 from ood_lib.metrics import (
+    PRDC,
     PixelSpace,
     jackknife,
     kid,
     median_interval,
     novelty,
+    prdc,
     psnr,
     ratio_of_shares,
 )
@@ -55,6 +58,50 @@ def test_kid_against_a_larger_reference_is_the_mean_over_its_blocks():
 def test_kid_refuses_less_than_a_pair(sizes):
     with pytest.raises(ValueError, match="at least 2 images"):
         kid(*(np.ones((size, 3)) for size in sizes))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "f", "k", "shift"),
+    [(50, 50, 8, 5, 0.0), (40, 60, 3, 3, 0.7), (60, 40, 1280, 1, 0.1), (8, 9, 2, 6, 2.0)],
+)
+def test_prdc_is_that_of_the_authors(n, m, f, k, shift):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, f)) + shift, rng.normal(size=(m, f))
+    found = prdc(x, y, neighbours=k)
+    for name, value in compute_prdc(y, x, k).items():
+        assert getattr(found, name) == pytest.approx(value, abs=1e-12), name
+
+
+def test_prdc_by_hand():
+    real, made = (np.array(x)[:, None] for x in ([0.0, 1.0, 2.0, 3.0], [0.5, 10.0, 10.4, 11.0]))
+    assert prdc(made, real, neighbours=1) == PRDC(0.25, 1.0, 0.5, 0.5)
+
+
+def test_prdc_of_equal_and_of_disjoint_sets():
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    assert prdc(x, x) == PRDC(1.0, 1.0, 1.0, 1.0)
+    assert prdc(x + 100, x) == PRDC(0.0, 0.0, 0.0, 0.0)
+
+
+def test_prdc_tells_copies_of_one_image_and_an_outlier():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(200, 4))
+    copies = prdc(np.repeat(real[:1], 200, axis=0), real)
+    assert copies.precision == 1
+    assert copies.recall < 0.05
+    assert copies.coverage < 0.1
+    stray = np.concatenate([real, [[30.0, 0, 0, 0]]])  # its reach swallows whatever lies around
+    far = rng.normal(size=(200, 4)) + np.array([20.0, 0, 0, 0])
+    found = prdc(far, stray)
+    assert found.precision == 1
+    assert found.density < 0.3
+    assert found.coverage < 0.02
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(5, 50, 5), (50, 5, 5), (10, 10, 0), (0, 0, 1)])
+def test_prdc_refuses_too_few_images(n, m, k):
+    with pytest.raises(ValueError, match=f"{k} neighbours"):
+        prdc(np.ones((n, 3)), np.ones((m, 3)), neighbours=k)
 
 
 @pytest.mark.parametrize(("gap", "decibels"), [(2.0, 0.0), (0.2, 20.0), (0.02, 40.0)])

@@ -476,3 +476,8 @@ def test_the_linear_model_is_the_dense_formula(schedule, n, t):
 def test_the_linear_model_refuses_images_of_another_shape(tiny):
     with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\)"):
         linear_model(torch.zeros(4, 1, 9, 9), tiny)
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="'mouse' is not here"):
+        load_model("ddpm-fashion-32", device="mouse")
