@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
+import numpy as np
 import yaml
 from nbformat import NotebookNode
 from PIL import Image
@@ -817,13 +818,15 @@ def _strip(cell: NotebookNode) -> None:
 
 
 def _small_png(encoded: str) -> str:
-    """Store a figure with a palette of 32 colours: a quarter of the bytes, the same to the eye."""
+    """Store a figure with a palette: a quarter of the bytes, the same to the eye."""
     with Image.open(BytesIO(b64decode(encoded))) as figure:
         flat = Image.alpha_composite(
             Image.new("RGBA", figure.size, "white"), figure.convert("RGBA")
         )
-    small = BytesIO()
-    flat.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    small, colours = BytesIO(), flat.convert("RGB")
+    vivid = np.ptp(np.asarray(colours).astype(int), axis=-1) > 40
+    colours = colours.quantize(256 if vivid.mean() > 0.05 else 32, dither=Image.Dither.NONE)
+    colours.save(small, "PNG", optimize=True)
     return b64encode(small.getvalue()).decode()
 
 

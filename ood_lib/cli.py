@@ -19,14 +19,16 @@ app.add_typer(chapter_app, name="chapter")
 
 @app.command()
 def models() -> None:
-    """List the frozen models in data/zoo."""
+    """List the frozen models in data/zoo with their numbers."""
     from ood_lib.models import load_model, model_names
+    from ood_lib.quality import summary_of
 
     for name in model_names():
         model = load_model(name)
         parameters = sum(p.numel() for p in model.network.parameters())
+        shape = "x".join(map(str, model.sample_shape))
         typer.echo(
-            f"{name}  {model.family}  {'x'.join(map(str, model.sample_shape))}  {parameters:,} parameters"
+            f"{name}  {model.family}  {shape}  {parameters:,} parameters  {summary_of(name)}"
         )
 
 

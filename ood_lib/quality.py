@@ -27,7 +27,7 @@ from ood_lib.priors import make_prior
 from ood_lib.schedule import uniform_log_sigma
 from ood_lib.sources import train_images
 
-__all__ = ["draw_samples", "kid_ratio", "measure_quality", "quality_of"]
+__all__ = ["draw_samples", "kid_ratio", "measure_quality", "quality_of", "summary_of"]
 
 POINTS = 40
 GAUSSIAN_FIT = 10_000  # training images that the pixel Gaussian is fitted to, at most
@@ -123,6 +123,35 @@ def quality_of(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not there; make it with: ood quality {name}")
     return json.loads(path.read_text())
+
+
+def summary_of(name: str) -> str:
+    """Quality of a model in a few words, or what measures it.
+
+    Parameters
+    ----------
+    name : str
+        A model of ``data/zoo``.
+
+    Returns
+    -------
+    str
+        KID of the samples and of the pixel Gaussian, precision, recall, share of the domain.
+
+    Examples
+    --------
+    >>> summary_of("ddpm-fashion-32").split()[0]
+    'KID'
+    """
+    if not (pipeline_folder(name) / "quality.json").is_file():
+        return f"not measured: ood quality {name}"
+    record = quality_of(name)
+    ours, gaussian = (record["lines"][line][record["space"]] for line in ("model", "gaussian"))
+    return (
+        f"KID {ours['kid'][0]:.3g} (pixel Gaussian {gaussian['kid'][0]:.3g})  precision "
+        f"{ours['precision']:.2f}  recall {ours['recall']:.2f}  called {record['domain']} "
+        f"{record['lines']['model']['share']:.2f}"
+    )
 
 
 def kid_ratio(record: Mapping[str, Any], over: str) -> Interval:

@@ -1,13 +1,17 @@
 """Chapters: their sources, their freshness by content, and their execution."""
 
 import ast
+import base64
+import io
 import json
 import os
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from ood_lib import chapters
 from ood_lib.chapters import ChapterFailed, run_chapter, source_hash, stale_chapters
@@ -532,3 +536,16 @@ def test_nothing_is_published_without_a_source():
     assert {p.stem for p in (root / "book" / "chapters").glob("*.ipynb")} <= set(SLUGS)
     numbers = {slug[:2] for slug in SLUGS}
     assert {p.stem for p in (root / "data" / "results").glob("[0-9][0-9].json")} <= numbers
+
+
+@pytest.mark.parametrize(("vivid", "colours"), [(True, 256), (False, 32)])
+def test_pictures_keep_their_colours_and_drawings_are_small(vivid, colours):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    if not vivid:
+        pixels[:] = pixels[..., :1]
+    stored = io.BytesIO()
+    Image.fromarray(pixels).save(stored, "PNG")
+    small = chapters._small_png(base64.b64encode(stored.getvalue()).decode())
+    with Image.open(io.BytesIO(base64.b64decode(small))) as figure:
+        assert len(figure.getcolors()) == colours

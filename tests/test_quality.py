@@ -119,3 +119,9 @@ def test_a_ratio_of_kids_covers_both_intervals():
     assert kid_ratio(record_of([-0.2, -0.3, 0.1], [1.0, 0.5, 2.0]), "early")[:2] == (0, 0)
     with pytest.raises(ValueError, match="may be zero"):
         kid_ratio(record_of([0.2, 0.1, 0.3], [1.0, -0.5, 2.0]), "early")
+
+
+def test_a_model_is_summed_up_in_a_line(measured, project):
+    assert quality.summary_of("own") == "not measured: ood quality own"
+    measure_quality("own", n=20, early=measured.early)
+    assert "called faces 0.50" in quality.summary_of("own")
