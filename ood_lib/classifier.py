@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import trange
@@ -430,7 +431,7 @@ def load_classifier(folder: Path | None = None) -> DomainClassifier:
     Raises
     ------
     ValueError
-        If the folder holds no classifier.
+        If the folder holds no classifier, or part of one.
 
     Examples
     --------
@@ -442,5 +443,10 @@ def load_classifier(folder: Path | None = None) -> DomainClassifier:
         raise ValueError(f"{folder} has no record.json; make it by ood classifier train")
     classes = tuple(json.loads((folder / "record.json").read_text())["classes"])
     network = _network(len(classes))
-    network.load_state_dict(load_file(folder / "classifier.safetensors"))
+    try:
+        network.load_state_dict(load_file(folder / "classifier.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} holds no whole classifier ({error}); make it by ood classifier train"
+        ) from error
     return DomainClassifier(network.eval(), classes)

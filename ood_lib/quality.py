@@ -24,12 +24,14 @@ from ood_lib.inversion import generate
 from ood_lib.metrics import Interval, jackknife, kid, prdc
 from ood_lib.models import FrozenModel, load_model, pipeline_folder
 from ood_lib.priors import make_prior
+from ood_lib.results import write_text
 from ood_lib.schedule import uniform_log_sigma
 from ood_lib.sources import train_images
 
 __all__ = ["draw_samples", "kid_ratio", "measure_quality", "quality_of", "summary_of"]
 
 POINTS = 40
+SMALLEST = 1e-6  # of a KID that is divided by
 GAUSSIAN_FIT = 10_000  # training images that the pixel Gaussian is fitted to, at most
 
 
@@ -73,8 +75,11 @@ def _to_images(pixels: np.ndarray) -> torch.Tensor:
 
 
 def _measure(features: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """KID with its jackknife interval, and precision, recall, density, coverage."""
-    interval = jackknife(lambda rows: kid(features[rows], reference), len(features))
+    """KID with its jackknife interval, and precision, recall, density, coverage.
+
+    Equal rows of both sets are left out together, so the interval covers the draw of both.
+    """
+    interval = jackknife(lambda rows: kid(features[rows], reference[rows]), len(features))
     shares = prdc(features, reference)
     return {
         "kid": [float(f"{x:.4g}") for x in interval],
@@ -154,7 +159,7 @@ def summary_of(name: str) -> str:
     )
 
 
-def kid_ratio(record: Mapping[str, Any], over: str) -> Interval:
+def kid_ratio(record: Mapping[str, Any], over: str, *, space: str | None = None) -> Interval:
     """KID of the model's samples over that of another line of its record.
 
     Parameters
@@ -163,17 +168,14 @@ def kid_ratio(record: Mapping[str, Any], over: str) -> Interval:
         What `quality_of` reads.
     over : {"early", "gaussian", "train"}
         The line to divide by.
+    space : {"imagenet", "domains"}, optional
+        The features; those of the record by default.
 
     Returns
     -------
     Interval
-        In the feature space of the record. It joins the ends of both intervals, so it covers at least
-        95 %; a negative KID counts as zero.
-
-    Raises
-    ------
-    ValueError
-        If the KID of the other line may be zero, so that no ratio to it exists.
+        It joins the ends of both intervals, so it covers at least 95 %. A negative KID counts as
+        zero; where the other may be zero, the upper end is very large.
 
     Examples
     --------
@@ -181,12 +183,10 @@ def kid_ratio(record: Mapping[str, Any], over: str) -> Interval:
     >>> kid_ratio({"space": "imagenet", "lines": {"model": line, "early": line}}, "early").value
     1.0
     """
-    top, base = (Interval(*record["lines"][x][record["space"]]["kid"]) for x in ("model", over))
-    if base.low <= 0:
-        raise ValueError(f"the KID of {over!r} may be zero ({base.low:g}); measure more images")
-    return Interval(
-        max(top.value, 0) / base.value, max(top.low, 0) / base.high, max(top.high, 0) / base.low
-    )
+    space = space or record["space"]
+    top, base = (np.array(record["lines"][x][space]["kid"]) for x in ("model", over))
+    top, base = top.clip(0), base.clip(SMALLEST)
+    return Interval(*(top / base[[0, 2, 1]]).tolist())
 
 
 def measure_quality(
@@ -231,45 +231,66 @@ def measure_quality(
     ValueError: unknown model 'no-such-model'; known are ...
     """
     path, model = pipeline_folder(name) / "quality.json", load_model(name)
-    domain = json.loads(path.with_name("training.json").read_text())["domain"]
+    settings = _settings(path.parent, n, seed)
+    domain = settings["domain"]
     held_out = load_images(domain, n=n, split="heldout", like=model)
-    settings = _settings(path.parent, domain, n, seed)
     early = early or project_root() / "runs" / "training" / name / "ema_10_percent.safetensors"
-    kept = {} if early.is_file() else _kept_line(path, settings, early)
-    lines = {
-        "model": draw_samples(model, n, seed=seed),
-        **_references(model, domain, source, n, seed),
-    }
-    if not kept:
+    kept = None if early.is_file() else _kept_line(path, settings, early)
+    lines = {"model": draw_samples(model, n, seed=seed), **_references(model, settings, source)}
+    if kept is None:
         model.network.load_state_dict(load_file(early))
         lines["early"] = draw_samples(model, n, seed=seed)
+    measured = _measure_lines(lines, held_out, domain)
+    measured["early"] = kept or {**measured["early"], "weights_sha256": _sha256(early)}
     record = {
         **settings,
         # ImageNet knows little of grey digits and clothes
         "space": "imagenet" if model.sample_shape[0] == 3 else "domains",
         "held_out_share": round(float(load_classifier().is_domain(held_out, domain).mean()), 4),
-        "lines": _measure_lines(lines, held_out, domain) | kept,
+        "lines": measured,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return path
 
 
-def _settings(folder: Path, domain: str, n: int, seed: int) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _settings(folder: Path, n: int, seed: int) -> dict[str, Any]:
+    """Collect the settings and the hashes of the files that the numbers depend on."""
+    run = json.loads((folder / "training.json").read_text())
+    data = project_root() / "data"
     files = {
         "weights": folder / "unet" / "diffusion_pytorch_model.safetensors",
-        "domain": project_root() / "data" / "domains" / f"{domain}.npz",
-        "classifier": project_root() / "data" / "classifier" / "classifier.safetensors",
+        "held_out": data / "domains" / f"{run['domain']}.npz",
+        "classifier": data / "classifier" / "classifier.safetensors",
     }
-    hashes = {f"{k}_sha256": hashlib.sha256(f.read_bytes()).hexdigest() for k, f in files.items()}
-    return {"domain": domain, "n": n, "seed": seed, "solver": "ab2", "points": POINTS, **hashes}
+    hashes = {f"{name}_sha256": _sha256(path) for name, path in files.items()}
+    return {
+        "domain": run["domain"],
+        "n": n,
+        "seed": seed,
+        "solver": "ab2",
+        "points": POINTS,
+        "gaussian_fit": GAUSSIAN_FIT,
+        "training_sha256": run["data_sha256"],
+        **hashes,
+    }
 
 
 def _references(
-    model: FrozenModel, domain: str, source: Path | None, n: int, seed: int
+    model: FrozenModel, settings: Mapping[str, Any], source: Path | None
 ) -> dict[str, torch.Tensor]:
     """Training images, and draws of the Gaussian fitted to their pixels."""
-    pixels, rng = train_images(domain, source=source), np.random.default_rng(seed)
+    pixels, n = train_images(settings["domain"], source=source), settings["n"]
+    found = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    if found != settings["training_sha256"]:
+        raise ValueError(
+            f"the training images of {settings['domain']!r} are not those of {model.name!r} (sha256 "
+            f"{found:.8}, not {settings['training_sha256']:.8}); give their folder with --source"
+        )
+    rng = np.random.default_rng(settings["seed"])
     train = _to_images(pixels[rng.permutation(len(pixels))[:GAUSSIAN_FIT]])
     drawn = make_prior("full covariance").fit(train.flatten(1).numpy()).sample(n, rng)
     gaussian = _as_stored(torch.from_numpy(drawn).view(n, *model.sample_shape))
@@ -283,4 +304,4 @@ def _kept_line(path: Path, settings: Mapping[str, Any], early: Path) -> dict[str
             f"{early} is not there, and {path} holds no line of it measured with these settings; "
             "train the model again, or give the weights with --early"
         )
-    return {"early": record["lines"]["early"]}
+    return record["lines"]["early"]

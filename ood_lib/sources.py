@@ -10,7 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import pickle
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,21 @@ PROCESSING = (
 SIDE = 32
 SHIPPED = {"fit": 372, "heldout": 372, "train": 256}
 MAP_SHAPE = (84, 168)  # disjoint 32x32 tiles in a map of 2700 x 5400 pixels
+# code points that differ by gender alone, to the neutral one
+PERSONS = {
+    **dict.fromkeys(("1f468", "1f469"), "1f9d1"),  # man, woman: adult
+    **dict.fromkeys(("1f474", "1f475"), "1f9d3"),  # old man, old woman: older adult
+    **dict.fromkeys(("1f466", "1f467"), "1f9d2"),  # boy, girl: child
+    **dict.fromkeys(("1f934", "1f478"), "1fac5"),  # prince, princess: person with crown
+}
+# one code point whose variants with two skin tones are spelled as a sequence
+ONE_GLYPH = {
+    **dict.fromkeys(("1f46b", "1f46c", "1f46d"), "1f9d1-1f91d-1f9d1"),  # two people holding hands
+    "1f491": "1f9d1-2764-1f9d1",  # couple with heart
+    "1f48f": "1f9d1-2764-1f48b-1f9d1",  # kiss
+    "1faf1-1faf2": "1f91d",  # handshake
+    **dict.fromkeys(("1f385", "1f936"), "1f9d1-1f384"),  # Santa Claus, Mrs. Claus
+}
 BLOCK = 6  # tiles along the side of the square regions that share a role
 
 
@@ -62,9 +79,12 @@ def _first(images: np.ndarray, n: int, seed: int, origin: np.ndarray | None = No
 def _read_idx(path: Path) -> np.ndarray:
     """Read an idx file (plain or gzip) of uint8 images as (N, H, W, 1)."""
     packed = path.with_name(path.name + ".gz")
-    data = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    shape = np.frombuffer(data, ">i4", count=3, offset=4)
-    return np.frombuffer(data, np.uint8, offset=16).reshape(*shape, 1)
+    try:
+        data = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+        shape = np.frombuffer(data, ">i4", count=3, offset=4)
+        return np.frombuffer(data, np.uint8, offset=16).reshape(*shape, 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is cut or no idx file of images; fetch it again") from error
 
 
 def _idx_train(folder: Path) -> np.ndarray:
@@ -165,14 +185,15 @@ def _animals(folder: Path) -> dict[str, Group]:
 
 
 def _glyph(stem: str) -> str:
-    """Name the base glyph of an emoji file: skin tone, gender and presentation taken out."""
+    """Name the base glyph of an emoji file: skin tone, gender, age pair and presentation taken out."""
     dropped = {"fe0f", "200d", "2640", "2642", "1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
-    adult = {"1f468": "1f9d1", "1f469": "1f9d1"}
-    return "-".join(adult.get(code, code) for code in stem.split("-") if code not in dropped)
+    codes = (PERSONS.get(code, code) for code in stem.split("-") if code not in dropped)
+    glyph = "-".join(codes)
+    return ONE_GLYPH.get(glyph, glyph)
 
 
 def _emoji_groups(folder: Path) -> dict[str, Group]:
-    """All different emoji, split by base glyph: an eighth fit, an eighth heldout, the rest train."""
+    """All different emoji, split by base glyph: a seventh fit, a seventh heldout, the rest train."""
     paths = sorted(folder.glob("*.png"))
     if not paths:
         raise ValueError(f"{folder} holds no emoji; give the folder img/google/64 with --source")
@@ -182,8 +203,8 @@ def _emoji_groups(folder: Path) -> dict[str, Group]:
     _, first = np.unique(images, axis=0, return_index=True)  # some flags are drawn alike
     images, names = images[np.sort(first)], [paths[i].stem for i in np.sort(first)]
     glyphs, member = np.unique([_glyph(name) for name in names], return_inverse=True)
-    eighth = np.random.default_rng(0).permutation(len(glyphs))[member] * 8 // len(glyphs)
-    rows = {"fit": eighth == 0, "heldout": eighth == 1, "train": eighth > 1}
+    seventh = np.random.default_rng(0).permutation(len(glyphs))[member] * 7 // len(glyphs)
+    rows = {"fit": seventh == 0, "heldout": seventh == 1, "train": seventh > 1}
     return {split: Group(images[of], glyphs[member[of]]) for split, of in rows.items()}
 
 
@@ -468,11 +489,13 @@ def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
     entry = _source(name)
     if entry.train is None:
         raise ValueError(f"domain {name!r} has no training set; {', '.join(trainable())} have")
-    cache = project_root() / "runs" / "domains" / f"{name}-train.npy"
+    folder = _source_folder(entry, source).resolve()
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    cache = project_root() / "runs" / "domains" / f"{name}-train-{key}.npy"
     if not cache.exists():
         images = _to_square(_read(entry, entry.train, source))
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".part.npy")
+        partial = cache.with_suffix(f".{os.getpid()}.part.npy")
         np.save(partial, images)
         partial.replace(cache)
     return np.load(cache, mmap_mode="r")

@@ -233,3 +233,14 @@ def test_only_images_that_may_be_mirrored_are():
     turned = made[:, 20:].mean(1) > made[:, :12].mean(1)
     assert 5 < turned[:30].sum() < 25
     assert not turned[30:].any()
+
+
+def test_half_a_classifier_is_refused(root, tmp_path):
+    for name in ("record.json", "classifier.safetensors"):
+        (tmp_path / name).write_bytes((root / "data/classifier" / name).read_bytes())
+    (tmp_path / "classifier.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="holds no whole classifier"):
+        load_classifier(tmp_path)
+    (tmp_path / "classifier.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no whole classifier"):
+        load_classifier(tmp_path)

@@ -1,5 +1,6 @@
 """Quality records: complete, belonging to the weights on disk, and measured as they say."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ def test_the_record_of_a_zoo_model_belongs_to_what_is_on_disk(root, name):
     record = quality_of(name)
     folder = root / "data/zoo" / name
     assert set(record["lines"]) == LINES
-    current = quality._settings(folder, record["domain"], record["n"], record["seed"])
+    current = quality._settings(folder, record["n"], record["seed"])
     assert {key: record[key] for key in current} == current
     assert record["n"] >= 372
     assert f"`ood quality {name}`" in (folder / "README.md").read_text()
@@ -48,12 +49,15 @@ def measured(project, tiny, monkeypatch):
     monkeypatch.setattr(quality, "imagenet", pixels)
     monkeypatch.setattr(quality, "load_classifier", lambda: judge)
     monkeypatch.setattr(quality, "train_images", lambda name, source: stored)
-    monkeypatch.setattr(quality, "_settings", lambda *a: {"domain": a[1], "n": a[2], "seed": a[3]})
+    monkeypatch.setattr(quality, "GAUSSIAN_FIT", 50)
     zoo = project / "data/zoo/own"
     zoo.mkdir()
     for part in ("unet", "scheduler", "model_index.json"):
         (zoo / part).symlink_to(project / "data/zoo/tiny" / part)
-    (zoo / "training.json").write_text(json.dumps({"domain": "faces"}))
+    run = {"domain": "faces", "data_sha256": hashlib.sha256(stored.tobytes()).hexdigest()}
+    (zoo / "training.json").write_text(json.dumps(run))
+    (project / "data/classifier").mkdir()
+    (project / "data/classifier/classifier.safetensors").write_bytes(b"judge")
     early = project / "early.safetensors"
     state = load_model("own").network.state_dict()
     save_file({k: v.contiguous() * 0.5 for k, v in state.items()}, early)
@@ -117,8 +121,16 @@ def test_a_ratio_of_kids_covers_both_intervals():
     ratio = kid_ratio(record_of([0.2, 0.1, 0.3], [1.0, 0.5, 2.0]), "early")
     assert ratio == pytest.approx((0.2, 0.05, 0.6))
     assert kid_ratio(record_of([-0.2, -0.3, 0.1], [1.0, 0.5, 2.0]), "early")[:2] == (0, 0)
-    with pytest.raises(ValueError, match="may be zero"):
-        kid_ratio(record_of([0.2, 0.1, 0.3], [1.0, -0.5, 2.0]), "early")
+    open_end = kid_ratio(record_of([0.2, 0.1, 0.3], [1.0, -0.5, 2.0]), "early")
+    assert open_end.low == pytest.approx(0.05)
+    assert 1e4 < open_end.high < np.inf
+
+
+def test_other_training_images_than_those_of_the_model_are_refused(measured, monkeypatch):
+    other = measured.stored[::-1]
+    monkeypatch.setattr(quality, "train_images", lambda name, source: other)
+    with pytest.raises(ValueError, match="are not those of 'own'"):
+        measure_quality("own", n=20, early=measured.early)
 
 
 def test_a_model_is_summed_up_in_a_line(measured, project):

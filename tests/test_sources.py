@@ -89,6 +89,13 @@ def test_relief_trains_on_tiles_of_its_own_role_only():
         ("1f468-1f3fb-200d-1f680", "1f9d1-1f680"),
         ("1f6b4-1f3ff-200d-2640-fe0f", "1f6b4"),
         ("1f1e9-1f1ea", "1f1e9-1f1ea"),
+        ("1f46d-1f3fb", "1f9d1-1f91d-1f9d1"),
+        ("1f469-1f3fb-200d-1f91d-200d-1f468-1f3ff", "1f9d1-1f91d-1f9d1"),
+        ("1f491", "1f9d1-2764-1f9d1"),
+        ("1f469-200d-2764-fe0f-200d-1f48b-200d-1f468", "1f9d1-2764-1f48b-1f9d1"),
+        ("1faf1-1f3fb-200d-1faf2-1f3ff", "1f91d"),
+        ("1f478-1f3fd", "1fac5"),
+        ("1f467", "1f9d2"),
     ],
 )
 def test_variants_of_an_emoji_share_a_base_glyph(stem, glyph):
@@ -107,7 +114,7 @@ def emoji_folder(folder):
     return folder
 
 
-def test_emoji_are_split_by_base_glyph_and_laid_on_white(tmp_path):
+def test_emoji_are_split_by_base_glyph_and_laid_on_white(tmp_path, project):
     groups = sources._emoji_groups(emoji_folder(tmp_path / "png"))
     glyphs = [set(group.origin) for group in groups.values()]
     assert len(set.union(*glyphs)) == sum(map(len, glyphs)) == 80
@@ -231,3 +238,18 @@ def test_the_training_set_is_resized_once(project, tmp_path, monkeypatch):
 def test_only_some_domains_have_a_training_set(name, text):
     with pytest.raises(ValueError, match=text):
         train_images(name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_idx_file_is_named(tmp_path, packed):
+    folder = idx_folder(tmp_path / "in", packed=packed)
+    path = folder / ("t10k-images-idx3-ubyte" + (".gz" if packed else ""))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte is cut"):
+        build_domain("fashion", source=folder, out=tmp_path)
+
+
+def test_another_source_is_another_training_set(project, tmp_path):
+    first = train_images("fashion", source=idx_folder(tmp_path / "a", train=7))
+    other = train_images("fashion", source=idx_folder(tmp_path / "b", train=9))
+    assert (len(first), len(other)) == (7, 9)
