@@ -47,8 +47,10 @@ def train(
     """Train a model on a domain; a killed run goes on where its last checkpoint stands."""
     from ood_lib import training
     from ood_lib.domains import project_root
+    from ood_lib.models import check_device
     from ood_lib.sources import train_images
 
+    check_device(device)
     chosen = training.fast_precision(device) if precision == "auto" else precision
     recipe = training.Recipe(
         images_seen=images_seen,

@@ -489,8 +489,8 @@ def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
     entry = _source(name)
     if entry.train is None:
         raise ValueError(f"domain {name!r} has no training set; {', '.join(trainable())} have")
-    folder = _source_folder(entry, source).resolve()
-    key = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    folder = source or Path(entry.folder)
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     cache = project_root() / "runs" / "domains" / f"{name}-train-{key}.npy"
     if not cache.exists():
         images = _to_square(_read(entry, entry.train, source))

@@ -54,7 +54,7 @@ def test_accuracies_follow_from_the_counts_and_reach_what_was_asked(record):
         accuracy = counts[truth] / sum(counts)
         assert record["accuracy"][row] == pytest.approx(accuracy, abs=1e-4)
         least = LEAST_GREY if row.endswith("grey") else LEAST_DOMAIN
-        assert accuracy > (LEAST_NONE if row.startswith(NONE) else least), row
+        assert accuracy >= (LEAST_NONE if row.startswith(NONE) else least), row
 
 
 def test_fresh_noise_is_none(committed):
