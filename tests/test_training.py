@@ -355,3 +355,15 @@ def test_a_wrong_recipe_is_named(tmp_path, wrong):
 
 def test_fast_precision_is_one_that_a_recipe_takes():
     assert fast_precision() in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("family", ["ddpm", "iddpm"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_learns(family, precision):
+    """A compiled network once trained without a gradient for most weights, and its loss fell."""
+    run = training.TrainingRun(PIXELS, replace(TINY, family=family, precision=precision), "cpu")
+    before = {name: weight.detach().clone() for name, weight in run.net.named_parameters()}
+    for _ in range(2):  # output layers start at zero and pass nothing on in the first step
+        run.advance()
+    still = [k for k, weight in run.net.named_parameters() if torch.equal(weight, before[k])]
+    assert not still
