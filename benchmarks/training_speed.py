@@ -14,11 +14,13 @@ import torch
 from ood_lib.training import Recipe, TrainingRun
 
 ROUNDS, STEPS = 5, 4
-SETTINGS = {  # name: precision, threads
-    "fp32, 2 threads": ("fp32", 2),
-    "fp32, 1 thread": ("fp32", 1),
-    "bf16, 2 threads": ("bf16", 2),
-    "bf16, 1 thread": ("bf16", 1),
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+SETTINGS = {  # name: precision, threads, memory layout
+    "fp32, 2 threads": ("fp32", 2, PLAIN),
+    "fp32, 1 thread": ("fp32", 1, PLAIN),
+    "bf16, 2 threads": ("bf16", 2, PLAIN),
+    "bf16, 1 thread": ("bf16", 1, PLAIN),
+    "bf16, 1 thread, channels-last": ("bf16", 1, LAST),
 }
 
 
@@ -31,12 +33,19 @@ def seconds(run: TrainingRun, threads: int) -> float:
     return time.perf_counter() - started
 
 
+def start(pixels: np.ndarray, precision: str, layout: torch.memory_format) -> TrainingRun:
+    """Begin a run whose network has the given precision and layout."""
+    run = TrainingRun(pixels, replace(Recipe(), precision=precision), "cpu")
+    run.net.to(memory_format=layout)
+    return run
+
+
 def main() -> None:
     """Interleave the settings, so that a noisy moment hits all of them."""
     pixels = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 1), dtype=np.uint8)
     runs = {
-        name: (TrainingRun(pixels, replace(Recipe(), precision=precision), "cpu"), threads)
-        for name, (precision, threads) in SETTINGS.items()
+        name: (start(pixels, precision, layout), threads)
+        for name, (precision, threads, layout) in SETTINGS.items()
     }
     for run, threads in runs.values():
         seconds(run, threads)

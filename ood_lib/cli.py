@@ -38,7 +38,15 @@ def train(
     out: Annotated[Path, typer.Option(help="pipeline folder to write")],
     family: Annotated[str, typer.Option(help="ddpm, or iddpm for learned variances")] = "ddpm",
     images_seen: Annotated[int, typer.Option(help="length of the run in images")] = 409_600,
-    batch_size: Annotated[int, typer.Option(help="images a step")] = 64,
+    channels: Annotated[
+        list[int] | None,
+        typer.Option(help="width of a level, once a level; 24, 48, 104 if left out"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="images a step")] = 32,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 2.4e-3,
+    noise_weight: Annotated[
+        float, typer.Option(help="power of the weight on high noise; 0: the simple loss")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="weights, data order, timesteps, noise")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
@@ -52,12 +60,17 @@ def train(
 
     check_device(device)
     chosen = training.fast_precision(device) if precision == "auto" else precision
+    widths = tuple(channels or training.Recipe.channels)
     recipe = training.Recipe(
         images_seen=images_seen,
         batch_size=batch_size,
+        channels=widths,
+        head_dim=max(1, widths[-1] // 2),
+        lr=lr,
         precision=chosen,
         seed=seed,
         family=family,
+        noise_weight=noise_weight,
     )
     work = project_root() / "runs" / "training" / out.name
     images = train_images(domain, source=source)

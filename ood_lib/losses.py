@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-__all__ = ["LevelTerms", "hybrid_loss", "level_terms", "simple_loss", "variational_terms"]
+from ood_lib.schedule import SIGMA_END
+
+__all__ = [
+    "LevelTerms",
+    "hybrid_loss",
+    "level_terms",
+    "level_weight",
+    "simple_loss",
+    "variational_terms",
+]
 
 HALF_BIN = 1 / 255  # half the distance of two neighbouring pixel values in [-1, 1]
 VLB_WEIGHT = 1e-3
@@ -63,7 +72,42 @@ def level_terms(t: torch.Tensor, scheduler: DDPMScheduler) -> LevelTerms:
     return LevelTerms(*(term[:, None, None, None] for term in terms))
 
 
-def simple_loss(out: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def level_weight(t: torch.Tensor, scheduler: DDPMScheduler, power: float) -> torch.Tensor:
+    """Weigh the levels of noise: ``alpha_bar_t ** -power``.
+
+    Parameters
+    ----------
+    t : Tensor of shape (B,)
+        Integer timesteps.
+    scheduler : DDPMScheduler
+        Gives the betas.
+    power : float
+        0 weighs all levels alike; 1 turns the error of eps into that of v; 0.5 lies between.
+
+    Returns
+    -------
+    Tensor of shape (B, 1, 1, 1)
+        Weights from 1 up. Levels beyond sigma = 160, which no sampler here visits, weigh as that one.
+
+    Notes
+    -----
+    An error of eps is multiplied by sigma in the image that it implies, so the colour and the layout of
+    an image hang on levels that the simple loss hardly sees. For v see Salimans and Ho, Progressive
+    Distillation, ICLR 2022, arXiv:2202.00512, sec. 4 and appendix D: ``|v - v'|^2 = |eps - eps'|^2 /
+    alpha_bar``.
+
+    Examples
+    --------
+    >>> level_weight(torch.tensor([0, 999]), DDPMScheduler(), 0.5).flatten().round().tolist()
+    [1.0, 157.0]
+    """
+    alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0).clamp_min(1 / (1 + SIGMA_END**2))
+    return (alpha_bar**-power)[t.cpu()].float().to(t.device)[:, None, None, None]
+
+
+def simple_loss(
+    out: torch.Tensor, noise: torch.Tensor, *, weight: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """Mean squared error of the predicted noise.
 
     Parameters
@@ -72,6 +116,8 @@ def simple_loss(out: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         Predicted noise.
     noise : Tensor of shape (B, C, H, W)
         The noise that was added.
+    weight : Tensor of shape (B, 1, 1, 1) or float, default 1.0
+        Weight of each image, for example from `level_weight`.
 
     Returns
     -------
@@ -81,14 +127,14 @@ def simple_loss(out: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     Notes
     -----
     Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, NeurIPS 2020, arXiv:2006.11239,
-    eq. 14.
+    eq. 14 with weight 1.
 
     Examples
     --------
-    >>> simple_loss(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).item()
-    1.0
+    >>> simple_loss(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), weight=2.0).item()
+    2.0
     """
-    return F.mse_loss(out, noise)
+    return (weight * (out - noise).square()).mean()
 
 
 def _decoder_bits(x0: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
@@ -158,6 +204,8 @@ def hybrid_loss(
     x0: torch.Tensor,
     t: torch.Tensor,
     scheduler: DDPMScheduler,
+    *,
+    weight: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Add 0.001 times the variational bound to the simple loss; the bound trains only the variances.
 
@@ -173,6 +221,8 @@ def hybrid_loss(
         Integer timesteps, drawn uniformly.
     scheduler : DDPMScheduler
         Gives the betas and T.
+    weight : Tensor of shape (B, 1, 1, 1) or float, default 1.0
+        Weight of each image in the simple loss; the bound keeps its own.
 
     Returns
     -------
@@ -194,4 +244,4 @@ def hybrid_loss(
     bound = variational_terms(eps.detach(), v, noise, x0, t, scheduler).mean() * len(
         scheduler.betas
     )
-    return simple_loss(eps, noise) + VLB_WEIGHT * bound
+    return simple_loss(eps, noise, weight=weight) + VLB_WEIGHT * bound

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from ood_lib.losses import hybrid_loss, level_terms, simple_loss, variational_terms
+from ood_lib.losses import hybrid_loss, level_terms, level_weight, simple_loss, variational_terms
 
 LEARNED = {"variance_type": "learned_range"}
 SCHEDULERS = [
@@ -95,3 +95,42 @@ def test_the_hybrid_loss_adds_a_thousandth_of_the_bound():
     whole = hybrid_loss(torch.cat([eps, v], 1), noise, x0, t, SCHEDULERS[0])
     bound = 1000 * variational_terms(eps, v, noise, x0, t, SCHEDULERS[0]).mean()
     assert whole.item() == pytest.approx((simple_loss(eps, noise) + 0.001 * bound).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=IDS)
+def test_weight_one_is_the_error_of_v(scheduler):
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, written out (arXiv:2202.00512)."""
+    t = torch.tensor([0, 300, 990])
+    x0, noise, eps = (draw(3, 1, 4, 4, seed=s).double() for s in range(3))
+    alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)[t].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def v_of(e):
+        return (
+            alpha_bar.sqrt() * e
+            - (1 - alpha_bar).sqrt() * (x_t - (1 - alpha_bar).sqrt() * e) / alpha_bar.sqrt()
+        )
+
+    expected = (v_of(eps) - v_of(noise)).square().flatten(1).mean(1)
+    weight = level_weight(t, scheduler, 1.0)
+    ours = [simple_loss(eps[k], noise[k], weight=weight[k]) for k in range(3)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_weights_are_one_at_power_zero_and_stop_growing_at_the_last_level_sampled():
+    t = torch.arange(1000)
+    assert (level_weight(t, SCHEDULERS[0], 0.0) == 1).all()
+    weights = level_weight(t, SCHEDULERS[0], 0.5).flatten()
+    assert weights[0] == pytest.approx(1, abs=1e-4)
+    assert (weights.diff() >= 0).all()
+    assert weights[-1] == pytest.approx(160, rel=1e-4)
+
+
+def test_the_weight_scales_the_simple_loss_and_leaves_the_bound_alone():
+    t = torch.tensor([10, 700])
+    x0, noise, eps, v = (draw(2, 1, 4, 4, seed=s) for s in range(4))
+    out = torch.cat([eps, v], 1)
+    plain, doubled = (
+        hybrid_loss(out, noise, x0, t, SCHEDULERS[0], weight=w).item() for w in (1.0, 2.0)
+    )
+    assert doubled - plain == pytest.approx(simple_loss(eps, noise).item(), rel=1e-4)

@@ -20,7 +20,15 @@ from ood_lib.training import (
     write_card,
 )
 
-TINY = Recipe(images_seen=40, batch_size=4, channels=(8, 8), groups=4, head_dim=8, warmup=3)
+TINY = Recipe(
+    images_seen=40,
+    batch_size=4,
+    channels=(8, 8),
+    groups=4,
+    head_dim=8,
+    warmup=3,
+    noise_weight=0.0,
+)
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -113,7 +121,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"lr": 1e-3}, {"images_seen": 80}, {"precision": "bf16"}], ids=str
+    "change",
+    [{"seed": 1}, {"lr": 1e-3}, {"images_seen": 80}, {"precision": "bf16"}, {"noise_weight": 0.5}],
+    ids=str,
 )
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, change):
     run(tmp_path, stop_after=1)
@@ -326,7 +336,7 @@ def test_timesteps_cover_the_schedule_evenly_and_noise_is_standard():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_like_half_a_cosine():
-    recipe = Recipe(images_seen=64 * 1000, warmup=100, lr=2.0)
+    recipe = Recipe(images_seen=64 * 1000, batch_size=64, warmup=100, lr=2.0)
     assert [learning_rate(recipe, k) for k in (0, 1)] == pytest.approx([0.02, 0.04], rel=1e-4)
     assert learning_rate(recipe, 500) == pytest.approx(1.0)
     assert learning_rate(recipe, 750) == pytest.approx(1 - np.cos(np.pi / 4))
