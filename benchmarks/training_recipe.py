@@ -18,11 +18,17 @@ from ood_lib.training import Recipe, TrainingRun, fast_precision
 
 BASE = {"images_seen": 25_600, "precision": fast_precision()}
 SETTINGS = {
-    "batch 64, rate 0.0006, simple loss": {"batch_size": 64, "lr": 6e-4, "noise_weight": 0.0},
-    "batch 64, rate 0.0006": {"batch_size": 64, "lr": 6e-4},
-    "batch 32, rate 0.0006": {"lr": 6e-4},
-    "batch 32, rate 0.0012": {"lr": 1.2e-3},
-    "batch 32, rate 0.0024": {"lr": 2.4e-3},
+    "batch 64, rate 0.0006, simple loss": {
+        "batch_size": 64,
+        "lr": 6e-4,
+        "groups": 8,
+        "noise_weight": 0.0,
+    },
+    "batch 64, rate 0.0006": {"batch_size": 64, "lr": 6e-4, "groups": 8},
+    "batch 32, rate 0.0006": {"lr": 6e-4, "groups": 8},
+    "batch 32, rate 0.0012": {"lr": 1.2e-3, "groups": 8},
+    "batch 32, rate 0.0024": {"groups": 8},
+    "batch 32, rate 0.0024, one group": {},
 }
 TIMESTEPS = (50, 300, 700, 900)
 

@@ -42,6 +42,7 @@ def train(
         list[int] | None,
         typer.Option(help="width of a level, once a level; 24, 48, 104 if left out"),
     ] = None,
+    groups: Annotated[int, typer.Option(help="groups of the group norms")] = 1,
     batch_size: Annotated[int, typer.Option(help="images a step")] = 32,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 2.4e-3,
     noise_weight: Annotated[
@@ -65,6 +66,7 @@ def train(
         images_seen=images_seen,
         batch_size=batch_size,
         channels=widths,
+        groups=groups,
         head_dim=max(1, widths[-1] // 2),
         lr=lr,
         precision=chosen,

@@ -68,7 +68,8 @@ class Recipe:
     layers : int
         Residual blocks a level.
     groups : int
-        Groups of the group norms.
+        Groups of the group norms. A norm takes out the mean of each group, and with it what the
+        network knows of the overall colour of a noisy image, unless few groups hold many channels.
     head_dim : int
         Width of an attention head.
     precision : {"fp32", "bf16"}
@@ -99,7 +100,7 @@ class Recipe:
     ema_decay: float = 0.998
     channels: tuple[int, ...] = (24, 48, 104)
     layers: int = 1
-    groups: int = 8
+    groups: int = 1
     head_dim: int = 52
     precision: str = "fp32"
     seed: int = 0

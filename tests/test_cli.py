@@ -118,7 +118,7 @@ WRONG = {
     "precision": ("train fashion --out OUT --precision fp8", ["fp8", "fp32", "bf16"]),
     "batch size": ("train fashion --out OUT --batch-size 0", ["batch_size", "0"]),
     "learning weight": ("train fashion --out OUT --noise-weight 2", ["noise_weight", "2"]),
-    "width": ("train fashion --out OUT --channels 24 --channels 5", ["(24, 5)", "multiples", "8"]),
+    "width": ("train fashion --out OUT --channels 24 --groups 5", ["(24,)", "multiples", "5"]),
     "length": ("train fashion --out OUT --images-seen 0", ["images_seen", "0"]),
     "device": ("train fashion --out OUT --device abacus", ["abacus"]),
     "card": ("card nope", ["nope", "tiny"]),
