@@ -1,14 +1,12 @@
 """Walk the deterministic path of a frozen model: images to latents, latents to images.
 
-In the variables ``xbar = x_t / sqrt(alpha_bar_t)`` and ``sigma_t`` the path is
-``d xbar / d sigma = eps(x_t, t)``. A DDIM step is its Euler step, so one function walks both ways and
-only the order of the timesteps tells inversion from generation. There is no clipping: a clipped step
-has no inverse.
+A latent is a tuple (model, start, solver, grid). `invert` without options gives the converged latent:
+that of a fine solver, to a stated error. There is no clipping: a clipped step has no inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +14,71 @@ import torch
 from tqdm.auto import tqdm
 
 from ood_lib.models import FrozenModel
-from ood_lib.schedule import NoiseSchedule, uniform_log_sigma
+from ood_lib.schedule import NoiseSchedule, graded_log_sigma, paper_grid, uniform_log_sigma
+from ood_lib.solvers import SOLVERS, NetworkCalls, walk
 
 __all__ = [
+    "PRESETS",
     "SOLVERS",
     "STARTS",
     "Generation",
     "Inversion",
+    "Preset",
     "RoundTrip",
     "generate",
     "invert",
     "roundtrip",
 ]
 
-SOLVERS = ("ddim", "heun", "ab2")
 STARTS = ("level0", "sigma0", "noise")
-DEFAULT_POINTS = 24
+ENDS = ("level0", "sigma0")
+LARGEST_ERROR = 0.05  # of a latent that statistics take
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named setting of solver and grid.
+
+    Parameters
+    ----------
+    solver : str
+        One of `SOLVERS`.
+    points : int
+        Points of the grid.
+    spacing : {"log_sigma", "graded", "paper"}
+        `uniform_log_sigma`, `graded_log_sigma`, or the released grid `paper_grid`.
+    end : {"level0", "sigma0"}
+        Where generation ends.
+
+    Examples
+    --------
+    >>> PRESETS["paper"].solver
+    'ddim'
+    """
+
+    solver: str
+    points: int
+    spacing: str = "log_sigma"
+    end: str = "level0"
+
+    def grid(self, schedule: NoiseSchedule, points: int | None, t_end: float | None) -> np.ndarray:
+        """Timesteps from 0 to `t_end`; the preset's own number of points and end by default."""
+        points = self.points if points is None else points
+        if self.spacing != "paper":
+            spaced = graded_log_sigma if self.spacing == "graded" else uniform_log_sigma
+            return spaced(schedule, points, t_end=t_end)
+        t0 = 900 if t_end is None else t_end
+        if t0 != int(t0):
+            raise ValueError(f"t_end is {t0}; the paper's grid ends at an integer timestep")
+        return paper_grid(int(t0), points)
+
+
+PRESETS = {
+    "converged": Preset("ab2", 25, "graded"),
+    "exact": Preset("leapfrog", 64),
+    "paper": Preset("ddim", 80, "paper", "sigma0"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +97,15 @@ class Inversion:
         One of `SOLVERS`.
     start : str
         One of `STARTS`.
+    eps_at : str
+        Level at which ``ddim`` asks the network.
+    error_estimate : Tensor of shape (N,), optional
+        Bound on the rms error of each latent against the path that begins at the same start; None
+        where the scheme gives none for free (``eps_at="target"``, or fewer than four points).
+    companion : Tensor of shape (N, C, H, W), optional
+        State at the last timestep but one, which ``leapfrog`` needs to go back exactly.
+    levels : Tensor of shape (n, N, C, H, W), optional
+        float32 states at every timestep, if they were asked for.
     """
 
     latent: torch.Tensor
@@ -57,6 +113,43 @@ class Inversion:
     timesteps: np.ndarray
     solver: str
     start: str
+    eps_at: str = "current"
+    error_estimate: torch.Tensor | None = None
+    companion: torch.Tensor | None = None
+    levels: torch.Tensor | None = None
+
+    def require_converged(self, limit: float = LARGEST_ERROR) -> torch.Tensor:
+        """Give the latents if their median error is known to be at most `limit`.
+
+        An exact round trip is no proof of a right latent, so whatever makes statements about latents
+        asks here first.
+
+        Parameters
+        ----------
+        limit : float, default 0.05
+            Largest median of `error_estimate`, in latent units.
+
+        Returns
+        -------
+        Tensor of shape (N, C, H, W)
+            `latent`.
+
+        Raises
+        ------
+        ValueError
+            If the estimate is larger or there is none.
+        """
+        if self.error_estimate is None:
+            raise ValueError(
+                f"solver {self.solver!r} on this grid estimates no error; use a preset"
+            )
+        error = float(self.error_estimate.median()) if len(self.latent) else 0.0
+        if not error <= limit:
+            raise ValueError(
+                f"the latents of solver {self.solver!r} with {len(self.timesteps)} points are about "
+                f"{error:.2g} off, more than {limit:g}; use preset='converged' or more points"
+            )
+        return self.latent
 
 
 @dataclass(frozen=True)
@@ -106,87 +199,7 @@ class RoundTrip:
     nfe: int
 
 
-class _Network:
-    """Batched noise prediction in the variables (xbar, sigma), with a count of the calls."""
-
-    def __init__(self, model: FrozenModel, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; use 1 or more")
-        self.model, self.batch_size, self.nfe = model, batch_size, 0
-
-    def __call__(self, xbar: torch.Tensor, t: float, *, level: float | None = None) -> torch.Tensor:
-        """Predict the noise in the state of `level`, told to the network as level `t`."""
-        self.nfe += 1
-        level = t if level is None else level
-        x_t = xbar * float(np.sqrt(self.model.schedule.alpha_bar_at(level)))
-        return torch.cat([self.model.eps(batch, t) for batch in x_t.split(self.batch_size)])
-
-
-def _ddim(eps: _Network, grid: np.ndarray, sigma: np.ndarray, target: bool) -> Callable:
-    def step(xbar: torch.Tensor, k: int) -> torch.Tensor:
-        noise = eps(xbar, grid[k + 1] if target else grid[k], level=grid[k])
-        return xbar + (sigma[k + 1] - sigma[k]) * noise
-
-    return step
-
-
-def _heun(eps: _Network, grid: np.ndarray, sigma: np.ndarray) -> Callable:
-    def step(xbar: torch.Tensor, k: int) -> torch.Tensor:
-        gap = sigma[k + 1] - sigma[k]
-        here = eps(xbar, grid[k])
-        there = eps(xbar + gap * here, grid[k + 1])
-        return xbar + 0.5 * gap * (here + there)
-
-    return step
-
-
-def _ab2(eps: _Network, grid: np.ndarray, sigma: np.ndarray) -> Callable:
-    """Two-step scheme in log sigma: eps is extrapolated linearly there, the rest is exact."""
-    before: dict[str, torch.Tensor] = {}
-    log_sigma = np.log(sigma)
-
-    def step(xbar: torch.Tensor, k: int) -> torch.Tensor:
-        here, gap = eps(xbar, grid[k]), log_sigma[k + 1] - log_sigma[k]
-        out = xbar + (sigma[k + 1] - sigma[k]) * here
-        if k:
-            slope = (here - before["eps"]) / (log_sigma[k] - log_sigma[k - 1])
-            out = out + (sigma[k + 1] * (gap - 1) + sigma[k]) * slope
-        before["eps"] = here
-        return out
-
-    return step
-
-
-def _walk(
-    eps: _Network, x: torch.Tensor, grid: np.ndarray, solver: str, eps_at: str, progress: bool
-) -> torch.Tensor:
-    """Carry the state `x` at ``grid[0]`` to ``grid[-1]``, in whichever direction the grid runs."""
-    schedule = eps.model.schedule
-    sigma = schedule.sigma(grid)
-    step = {
-        "ddim": lambda: _ddim(eps, grid, sigma, eps_at == "target"),
-        "heun": lambda: _heun(eps, grid, sigma),
-        "ab2": lambda: _ab2(eps, grid, sigma),
-    }[solver]()
-    xbar = x / float(np.sqrt(schedule.alpha_bar_at(grid[0])))
-    for k in tqdm(range(len(grid) - 1), disable=not progress, desc=solver, unit="step"):
-        xbar = step(xbar, k)
-    return xbar * float(np.sqrt(schedule.alpha_bar_at(grid[-1])))
-
-
-def _check_grid(schedule: NoiseSchedule, timesteps: np.ndarray | None) -> np.ndarray:
-    if timesteps is None:
-        return uniform_log_sigma(schedule, DEFAULT_POINTS)
-    grid = np.asarray(timesteps, dtype=np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or (np.diff(grid) <= 0).any():
-        raise ValueError(
-            f"timesteps must be two or more, each larger than the one before; got {grid[:6]} ..."
-        )
-    schedule.log_sigma(grid)  # raises where a timestep lies outside [0, T - 1]
-    return grid
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
 
@@ -198,35 +211,85 @@ def _check_state(model: FrozenModel, x: torch.Tensor, what: str) -> torch.Tensor
     return x.double()
 
 
+def _check_images(model: FrozenModel, images: torch.Tensor) -> torch.Tensor:
+    x0 = _check_state(model, images, "images")
+    if x0.numel() and x0.abs().max() > 1 + 1e-3:
+        raise ValueError(f"images reach {x0.abs().max():.3g} in size; they must lie in [-1, 1]")
+    return x0
+
+
+def _check_grid(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
+    grid = np.asarray(timesteps, dtype=np.float64)
+    if grid.ndim != 1 or len(grid) < 2 or (np.diff(grid) <= 0).any():
+        raise ValueError(
+            f"timesteps must be two or more, each larger than the one before; got {grid[:6]} ..."
+        )
+    schedule.log_sigma(grid)  # raises where a timestep lies outside [0, T - 1]
+    return grid
+
+
+def _choose(
+    model: FrozenModel,
+    preset: str,
+    solver: str | None,
+    timesteps: np.ndarray | None,
+    points: int | None,
+    t_end: float | None,
+) -> tuple[Preset, str, np.ndarray]:
+    """Solver and grid: what was asked for, and the preset's where nothing was."""
+    _check_choice("preset", preset, list(PRESETS))
+    chosen = PRESETS[preset]
+    solver = chosen.solver if solver is None else solver
+    _check_choice("solver", solver, SOLVERS)
+    if timesteps is None:
+        return chosen, solver, chosen.grid(model.schedule, points, t_end)
+    if points is not None or t_end is not None:
+        raise ValueError("timesteps is a whole grid; leave out points and t_end, or timesteps")
+    return chosen, solver, _check_grid(model.schedule, timesteps)
+
+
+def _noise_like(x: torch.Tensor, generator: Generators | None, why: str) -> torch.Tensor:
+    """Draw standard normal noise, from one generator or from one for each row."""
+    if generator is None:
+        raise ValueError(f"{why} draws noise; pass generator=torch.Generator().manual_seed(...)")
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} images; pass one, or one each")
+    rows = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generator]
+    return torch.stack(rows).to(x.device) if rows else torch.empty_like(x)
+
+
 def _start(
-    eps: _Network, images: torch.Tensor, t: float, start: str, generator: torch.Generator | None
+    calls: NetworkCalls, images: torch.Tensor, t: float, start: str, generator: Generators | None
 ) -> torch.Tensor:
     """Place images on the path at timestep `t`."""
-    schedule = eps.model.schedule
+    schedule = calls.model.schedule
     signal, sigma = float(np.sqrt(schedule.alpha_bar_at(t))), float(schedule.sigma(t))
     if start == "level0":
         return images
     if start == "sigma0":
-        return signal * (images + sigma * eps(images, t))
-    if generator is None:
-        raise ValueError(
-            "start='noise' draws noise; pass generator=torch.Generator().manual_seed(...)"
-        )
-    noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
-    return signal * (images + sigma * noise)
+        return signal * (images + sigma * calls(images, t))
+    return signal * (images + sigma * _noise_like(images, generator, "start='noise'"))
 
 
 def invert(
     model: FrozenModel,
     images: torch.Tensor,
     *,
+    preset: str = "converged",
+    solver: str | None = None,
     timesteps: np.ndarray | None = None,
-    solver: str = "ab2",
+    points: int | None = None,
+    t_end: float | None = None,
     eps_at: str = "current",
     start: str = "level0",
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
+    keep_levels: bool = False,
     batch_size: int = 64,
     progress: bool = False,
+    eta: float = 0.0,
+    clip_sample: bool = False,
 ) -> Inversion:
     """Carry images to latents along the deterministic path.
 
@@ -236,12 +299,23 @@ def invert(
         The frozen noise predictor.
     images : Tensor of shape (N, C, H, W)
         Images in [-1, 1].
+    preset : {"converged", "exact", "paper"}, default "converged"
+        Solver and grid where they are not given. "converged": the right latent, to a median error of
+        at most 0.05, in 24 calls. "exact": gives the image back exactly, with `companion`. "paper": the
+        released loop, 79 calls up to t = 900, which is neither.
+    solver : str, optional
+        ``ddim`` is Euler in sigma (order 1), ``heun`` its corrected form (order 2, two calls a step),
+        ``ab2`` a two-step scheme in log sigma (order 2), ``abm2`` the same with a corrector that costs
+        no call (order 2; about half the error, but more where a network is rough), ``leapfrog`` an
+        exactly reversible one (order 2), ``fixed_point`` implicit Euler, whose inverse is DDIM
+        (order 1, several calls a step).
     timesteps : array of shape (n,), optional
         Strictly increasing, in [0, T - 1], fractional or not; the latent is the state at the last.
-        24 points uniform in log sigma up to T - 1 by default.
-    solver : {"ab2", "ddim", "heun"}, default "ab2"
-        ``ddim`` is Euler in sigma (order 1, one call a step), ``heun`` its corrected form (order 2,
-        two calls), ``ab2`` a two-step scheme in log sigma (order 2, one call).
+    points : int, optional
+        Points of the preset's grid, in place of its own number.
+    t_end : float, optional
+        Last timestep of the preset's grid; by default the last level with sigma up to 160, or 900 for
+        "paper".
     eps_at : {"current", "target"}, default "current"
         Level at which ``ddim`` evaluates the network: "current" is the paper's choice, "target"
         that of diffusers' inverse scheduler, which hands the state of the current level to the
@@ -249,17 +323,23 @@ def invert(
     start : {"level0", "sigma0", "noise"}, default "level0"
         The image is the state at the first timestep (the paper); or is carried there from sigma = 0
         by one Euler step; or by adding noise of that level's size.
-    generator : torch.Generator, optional
-        Source of the noise of ``start="noise"``.
+    generator : torch.Generator or a list with one an image, optional
+        Source of the noise of ``start="noise"``. With one an image, an image's noise does not depend
+        on the others.
+    keep_levels : bool, default False
+        Keep the states at all timesteps.
     batch_size : int, default 64
         Images a network call; it does not change the result beyond rounding.
     progress : bool, default False
         Show a progress bar.
+    eta, clip_sample
+        Refused unless zero and False: a step with fresh noise or with clipping has no inverse. The
+        ``clip_sample`` that a model folder states serves diffusers' own pipeline and is ignored here.
 
     Returns
     -------
     Inversion
-        ``latent`` in float64, ``nfe``, ``timesteps``, ``solver``, ``start``.
+        ``latent`` in float64, ``error_estimate`` an image, ``nfe``, ``timesteps``, ``solver``.
 
     Raises
     ------
@@ -268,41 +348,62 @@ def invert(
 
     Notes
     -----
-    Song, Meng, Ermon, Denoising Diffusion Implicit Models, ICLR 2021, arXiv:2010.02502, eq. 13, read
-    towards higher noise; ``ab2`` is the two-step multistep form of the exponential integrator of Lu et
-    al., DPM-Solver, NeurIPS 2022, arXiv:2206.00927, sec. 3. The state is float64, the network runs in
-    its own dtype.
+    DDIM: Song, Meng, Ermon, ICLR 2021, arXiv:2010.02502, eq. 13, read towards higher noise. ``ab2`` is
+    the two-step multistep form of the exponential integrator of Lu et al., DPM-Solver, NeurIPS 2022,
+    arXiv:2206.00927, sec. 3; the corrector of ``abm2`` is that of Zhao et al., UniPC, NeurIPS 2023,
+    arXiv:2302.04867, in its lowest order. The state is float64, the network runs in its own dtype.
 
     Examples
     --------
     >>> from ood_lib.analytic import GaussianLaw, analytic_model
     >>> law = GaussianLaw(torch.zeros(4).double(), torch.eye(4).double(), torch.ones(4).double())
     >>> model = analytic_model(law, NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))))
-    >>> invert(model, torch.full((1, 1, 1, 4), 0.5)).nfe
-    23
+    >>> made = invert(model, torch.full((1, 1, 1, 4), 0.5))
+    >>> made.nfe, made.error_estimate.item() < 0.05
+    (24, True)
     """
-    for name, value, known in (("solver", solver, SOLVERS), ("start", start, STARTS)):
-        _check_choice(name, value, known)
+    _check_choice("start", start, STARTS)
     _check_choice("eps_at", eps_at, ("current", "target"))
+    if eta != 0 or clip_sample:
+        raise ValueError(
+            f"eta = {eta}, clip_sample = {clip_sample}: noise and clipping have no inverse; leave both "
+            "out of invert (eta belongs to generate)"
+        )
+    _, solver, grid = _choose(model, preset, solver, timesteps, points, t_end)
     if eps_at == "target" and solver != "ddim":
         raise ValueError(f"eps_at='target' belongs to solver='ddim'; {solver!r} has its own levels")
-    grid = _check_grid(model.schedule, timesteps)
-    x0 = _check_state(model, images, "images")
-    if x0.numel() and x0.abs().max() > 1 + 1e-3:
-        raise ValueError(f"images reach {x0.abs().max():.3g} in size; they must lie in [-1, 1]")
-    eps = _Network(model, batch_size)
-    x = _start(eps, x0, grid[0], start, generator)
-    return Inversion(_walk(eps, x, grid, solver, eps_at, progress), eps.nfe, grid, solver, start)
+    x0 = _check_images(model, images)
+    calls, levels = NetworkCalls(model, batch_size), [] if keep_levels else None
+    x = _start(calls, x0, grid[0], start, generator)
+    latent, error, before = walk(
+        calls, x, grid, solver, eps_at=eps_at, levels=levels, progress=progress
+    )
+    return Inversion(
+        latent,
+        calls.nfe,
+        grid,
+        solver,
+        start,
+        eps_at=eps_at,
+        error_estimate=error,
+        companion=before if solver == "leapfrog" else None,
+        levels=torch.stack(levels) if keep_levels else None,
+    )
 
 
 def generate(
     model: FrozenModel,
     latent: torch.Tensor,
     *,
+    preset: str = "converged",
+    solver: str | None = None,
     timesteps: np.ndarray | None = None,
-    solver: str = "ab2",
+    points: int | None = None,
+    t_end: float | None = None,
+    end: str | None = None,
+    companion: torch.Tensor | None = None,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Generation:
@@ -314,13 +415,17 @@ def generate(
         The frozen noise predictor.
     latent : Tensor of shape (N, C, H, W)
         States at the last timestep of the grid.
-    timesteps : array of shape (n,), optional
-        Strictly increasing; walked from its end to its start. As in `invert` by default.
-    solver : {"ab2", "ddim", "heun"}, default "ab2"
-        As in `invert`. DDIM evaluates the network where it stands.
+    preset, solver, timesteps, points, t_end
+        As in `invert`; the grid is walked from its end to its start. ``fixed_point`` goes back by the
+        explicit DDIM steps that it inverts.
+    end : {"level0", "sigma0"}, optional
+        The image is the state at the first timestep, or is carried to sigma = 0 by one Euler step
+        more. As the preset says by default: "sigma0" for "paper", "level0" for the others.
+    companion : Tensor of shape (N, C, H, W), optional
+        For ``leapfrog``: the state at the last timestep but one that `invert` returned.
     eta : float, default 0.0
         Share of stochasticity in [0, 1]; above 0 only with ``solver="ddim"``.
-    generator : torch.Generator, optional
+    generator : torch.Generator or a list with one an image, optional
         Source of the noise when ``eta > 0``.
     batch_size : int, default 64
         Latents a network call.
@@ -349,19 +454,33 @@ def generate(
     >>> generate(model, torch.ones(2, 1, 1, 4)).images.shape
     torch.Size([2, 1, 1, 4])
     """
-    _check_choice("solver", solver, SOLVERS)
-    grid = _check_grid(model.schedule, timesteps)
+    chosen, solver, grid = _choose(model, preset, solver, timesteps, points, t_end)
+    end = chosen.end if end is None else end
+    _check_choice("end", end, ENDS)
+    if companion is not None and solver != "leapfrog":
+        raise ValueError(f"companion belongs to solver='leapfrog', not {solver!r}")
     x = _check_state(model, latent, "latents")
-    eps = _Network(model, batch_size)
-    if eta == 0:
-        x = _walk(eps, x, grid[::-1], solver, "current", progress)
-    else:
+    calls = NetworkCalls(model, batch_size)
+    if eta != 0:
         _check_eta(eta, solver, generator)
-        x = _walk_stochastic(eps, x, grid[::-1], eta, generator, progress)
-    return Generation(x, eps.nfe, grid, solver, eta)
+        x = _walk_stochastic(calls, x, grid[::-1], eta, generator, progress)
+    else:
+        scheme = "ddim" if solver == "fixed_point" else solver
+        pair = None if companion is None else _check_state(model, companion, "companions")
+        x, _, _ = walk(calls, x, grid[::-1], scheme, companion=pair, progress=progress)
+    if end == "sigma0":
+        x = _to_sigma0(calls, x, grid[0])
+    return Generation(x, calls.nfe, grid, solver, eta)
 
 
-def _check_eta(eta: float, solver: str, generator: torch.Generator | None) -> None:
+def _to_sigma0(calls: NetworkCalls, x: torch.Tensor, t: float) -> torch.Tensor:
+    """Carry the state at timestep `t` to sigma = 0: the image that it implies."""
+    schedule = calls.model.schedule
+    xbar = x / float(np.sqrt(schedule.alpha_bar_at(t)))
+    return xbar - float(schedule.sigma(t)) * calls(xbar, t)
+
+
+def _check_eta(eta: float, solver: str, generator: Generators | None) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     if solver != "ddim":
@@ -371,22 +490,22 @@ def _check_eta(eta: float, solver: str, generator: torch.Generator | None) -> No
 
 
 def _walk_stochastic(
-    eps: _Network,
+    calls: NetworkCalls,
     x: torch.Tensor,
     grid: np.ndarray,
     eta: float,
-    generator: torch.Generator,
+    generator: Generators,
     progress: bool,
 ) -> torch.Tensor:
     """Walk a decreasing grid with DDIM steps that add fresh noise (arXiv:2010.02502, eq. 16)."""
-    alpha_bar = eps.model.schedule.alpha_bar_at(grid)
+    alpha_bar = calls.model.schedule.alpha_bar_at(grid)
     for k in tqdm(range(len(grid) - 1), disable=not progress, desc=f"eta {eta:g}", unit="step"):
         here, there = alpha_bar[k], alpha_bar[k + 1]
-        noise = eps(x / np.sqrt(here), grid[k])
+        noise = calls(x / np.sqrt(here), grid[k])
         x0_hat = (x - np.sqrt(1 - here) * noise) / np.sqrt(here)
         fresh = eta * np.sqrt((1 - there) / (1 - here) * (1 - here / there))
         x = np.sqrt(there) * x0_hat + np.sqrt(1 - there - fresh**2) * noise
-        x = x + fresh * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        x = x + fresh * _noise_like(x, generator, "eta > 0")
     return x
 
 
@@ -394,8 +513,11 @@ def roundtrip(
     model: FrozenModel,
     images: torch.Tensor,
     *,
+    preset: str = "converged",
+    solver: str | None = None,
     timesteps: np.ndarray | None = None,
-    solver: str = "ab2",
+    points: int | None = None,
+    t_end: float | None = None,
     eps_at: str = "current",
     batch_size: int = 64,
     progress: bool = False,
@@ -408,7 +530,7 @@ def roundtrip(
         The frozen noise predictor.
     images : Tensor of shape (N, C, H, W)
         Images in [-1, 1].
-    timesteps, solver, eps_at, batch_size, progress
+    preset, solver, timesteps, points, t_end, eps_at, batch_size, progress
         As in `invert`.
 
     Returns
@@ -426,25 +548,27 @@ def roundtrip(
     >>> from ood_lib.analytic import GaussianLaw, analytic_model
     >>> law = GaussianLaw(torch.zeros(4).double(), torch.eye(4).double(), torch.ones(4).double())
     >>> model = analytic_model(law, NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))))
-    >>> roundtrip(model, torch.full((1, 1, 1, 4), 0.5)).rmse.item() < 0.05
+    >>> roundtrip(model, torch.full((1, 1, 1, 4), 0.5), preset="exact").rmse.item() < 1e-12
     True
     """
+    shared = {"preset": preset, "batch_size": batch_size, "progress": progress}
     there = invert(
         model,
         images,
-        timesteps=timesteps,
         solver=solver,
+        timesteps=timesteps,
+        points=points,
+        t_end=t_end,
         eps_at=eps_at,
-        batch_size=batch_size,
-        progress=progress,
+        **shared,
     )
     back = generate(
         model,
         there.latent,
+        solver=there.solver,
         timesteps=there.timesteps,
-        solver=solver,
-        batch_size=batch_size,
-        progress=progress,
+        companion=there.companion,
+        **shared,
     )
     rmse = (back.images - images).square().flatten(1).mean(1).sqrt()
     return RoundTrip(back.images, there.latent, rmse, there.nfe + back.nfe)

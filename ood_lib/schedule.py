@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NoiseSchedule", "from_diffusers", "paper_grid", "uniform_log_sigma", "uniform_t"]
+__all__ = [
+    "NoiseSchedule",
+    "from_diffusers",
+    "graded_log_sigma",
+    "paper_grid",
+    "uniform_log_sigma",
+    "uniform_t",
+]
 
 SIGMA_END = 160.0
+# Points a unit of log sigma of `graded_log_sigma`, up to a factor, at some sigma.
+GRADED = {0.01: 1.0, 0.1: 1.0, 0.3: 1.3, 1.5: 1.3, 5.0: 0.7, 160.0: 0.5}
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,48 @@ def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = 
     """
     end = _last(schedule, n, t_end)
     grid = schedule.t_of_log_sigma(np.linspace(schedule.log_sigma(0), schedule.log_sigma(end), n))
+    grid[0], grid[-1] = 0.0, end
+    return grid
+
+
+def graded_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = None) -> np.ndarray:
+    """`n` timesteps from 0 to `t_end`, denser in log sigma where images take shape, fewer above.
+
+    Parameters
+    ----------
+    schedule : NoiseSchedule
+        Gives sigma.
+    n : int
+        Number of points, both ends included.
+    t_end : float, optional
+        Last timestep; `NoiseSchedule.t_end` by default.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        Increasing float64 timesteps.
+
+    Raises
+    ------
+    ValueError
+        If `n` is under 2 or `t_end` is outside (0, T - 1].
+
+    Notes
+    -----
+    The density is piecewise linear in log sigma: 1 up to sigma = 0.1, 1.3 from 0.3 to 1.5, 0.7 at 5, 0.5
+    at 160. It was chosen on networks that are rough between 0.4 and 1.5 for images unlike their own.
+
+    Examples
+    --------
+    >>> s = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> np.diff(s.log_sigma(graded_log_sigma(s, 25)))[[0, 12, -1]].round(2)
+    array([0.36, 0.28, 0.73])
+    """
+    end = _last(schedule, n, t_end)
+    fine = np.linspace(schedule.log_sigma(0), schedule.log_sigma(end), 4096)
+    density = np.interp(fine, np.log(list(GRADED)), list(GRADED.values()))
+    count = np.concatenate([[0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+    grid = schedule.t_of_log_sigma(np.interp(np.linspace(0, count[-1], n), count, fine))
     grid[0], grid[-1] = 0.0, end
     return grid
 
