@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ood_lib.latents import LatentSet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 domains_app = typer.Typer(no_args_is_help=True, help="Shipped image sets.")
@@ -129,25 +136,78 @@ def invert(
     domain: Annotated[str, typer.Argument(help="domain, image folder or hub dataset")],
     split: Annotated[str, typer.Option(help="split of the domain")] = "fit",
     n: Annotated[int | None, typer.Option(help="first n images; all by default")] = None,
-    t_end: Annotated[
-        float | None, typer.Option(help="level of the latents; sigma = 160 or the last by default")
+    preset: Annotated[
+        str, typer.Option(help="converged, exact or paper: solver and grid")
+    ] = "converged",
+    solver: Annotated[
+        str | None, typer.Option(help="solver in place of the preset's, such as ab2, heun or ddim")
     ] = None,
-    points: Annotated[int, typer.Option(help="points of the grid, uniform in log sigma")] = 24,
-    solver: Annotated[str, typer.Option(help="ab2, heun or ddim")] = "ab2",
+    points: Annotated[int | None, typer.Option(help="points of the preset's grid")] = None,
+    t_end: Annotated[
+        float | None, typer.Option(help="level of the latents; that of the preset by default")
+    ] = None,
     start: Annotated[str, typer.Option(help="level0, sigma0 or noise")] = "level0",
     seed: Annotated[int, typer.Option(help="noise of --start noise")] = 0,
+    levels: Annotated[bool, typer.Option("--levels", help="keep the state at every level")] = False,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or openvino")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the network")] = "fp32",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="images in a network call")] = 64,
+    shard: Annotated[int, typer.Option(help="images in a file; memory holds so many")] = 256,
 ) -> None:
-    """Invert the images of a domain and keep the latents in runs/latents."""
+    """Invert the images of a domain into runs/latents; a run that was killed goes on there."""
     from ood_lib import latents
 
-    spec = latents.LatentSpec(model, domain, split, n, t_end, points, solver, start, seed, revision)
-    made = latents.get(spec, device=device, batch_size=batch_size, progress=True)
-    typer.echo(
-        f"{len(made.latent)} latents, {made.nfe} network calls an image: {latents.path_of(spec)}"
+    spec = latents.LatentSpec(
+        model,
+        domain,
+        split=split,
+        n=n,
+        preset=preset,
+        solver=solver,
+        points=points,
+        t_end=t_end,
+        start=start,
+        seed=seed,
+        levels=levels,
+        revision=revision,
     )
+    with _warnings_as_sentences():
+        made = latents.shards(
+            spec,
+            device=device,
+            backend=backend,
+            precision=precision,
+            shard=shard,
+            batch_size=batch_size,
+            progress=True,
+        )
+        typer.echo(f"{_summary(made)}: {latents.path_of(spec)}")
+
+
+def _summary(parts: Iterable[LatentSet]) -> str:
+    """Count latents shard by shard: number, network calls, median error estimate."""
+    count, calls, errors = 0, 0, []
+    for part in parts:
+        count, calls = count + len(part.latent), max(calls, part.nfe)
+        errors += [] if part.error_estimate is None else part.error_estimate.tolist()
+    error = f"{median(errors):.2g}" if errors else "unknown"
+    return f"{count} latents, {calls} network calls an image, median error estimate {error}"
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Show a warning as errors are shown, and not across a progress bar."""
+    from tqdm import tqdm
+
+    def show(message: Warning | str, *rest: object) -> None:
+        tqdm.write(f"ood: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", RuntimeWarning)
+        warnings.showwarning = show
+        yield
 
 
 @classifier_app.command("train")
@@ -215,7 +275,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, FileNotFoundError, ChapterFailed) as error:
+    except (ValueError, OSError, ChapterFailed) as error:
         typer.echo(f"ood: {error}", err=True)
         sys.exit(2)
 

@@ -8,7 +8,8 @@ would separate two domains by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ __all__ = [
     "LUMA",
     "MIN_SIDE",
     "SPLITS",
+    "ImageRows",
     "domain_names",
     "load_images",
+    "open_images",
     "project_root",
     "resize",
     "to_channels",
@@ -188,7 +191,72 @@ def to_float(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(array.transpose(0, 3, 1, 2)).float() / 255
 
 
-def _read_shipped(name: str, split: str, root: Path) -> torch.Tensor:
+Reader = Callable[[np.ndarray, int | None, int | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images of a domain that are decoded only when they are read, some rows at a time.
+
+    Made by `open_images`. Memory holds the rows that were asked for and, of a shipped domain, its
+    stored bytes; of a folder only the names.
+
+    Parameters
+    ----------
+    name : str
+        The domain.
+    chosen : ndarray of shape (N,)
+        Places of the images in their source.
+    decode : callable
+        ``(places, side, channels) -> images (n, C, H, W) in [0, 1]``.
+    side, channels : int, optional
+        What every image is brought to; those of the first image that is read by default.
+
+    Examples
+    --------
+    >>> rows = open_images("digits")
+    >>> len(rows), rows.read(300, 304).shape
+    (372, torch.Size([4, 1, 32, 32]))
+    """
+
+    name: str
+    chosen: np.ndarray
+    decode: Reader
+    side: int | None = None
+    channels: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read the images `first` to `stop`, the last one left out.
+
+        Parameters
+        ----------
+        first : int, default 0
+            First row.
+        stop : int, optional
+            Row after the last; all that are left by default.
+
+        Returns
+        -------
+        Tensor of shape (stop - first, C, H, W)
+            float32 in [-1, 1].
+
+        Raises
+        ------
+        ValueError
+            If there are no such rows, or a file is not a readable image of `MIN_SIDE` pixels or more.
+        """
+        stop = len(self) if stop is None else stop
+        if not 0 <= first < stop <= len(self):
+            raise ValueError(
+                f"rows {first} to {stop} of {self.name!r} were asked for; it has rows 0 to {len(self)}"
+            )
+        return self.decode(self.chosen[first:stop], self.side, self.channels) * 2 - 1
+
+
+def _open_shipped(name: str, split: str, root: Path) -> tuple[int, Reader]:
     with np.load(root / "data" / "domains" / f"{name}.npz") as archive:
         images, splits = archive["images"], archive["split"]
     known = [s for s in SPLITS if (splits == s).any()]
@@ -196,7 +264,13 @@ def _read_shipped(name: str, split: str, root: Path) -> torch.Tensor:
         raise ValueError(
             f"domain {name!r} has no split {split!r}; it has {', '.join([*known, 'all'])}"
         )
-    return to_float(images if split == "all" else images[splits == split])
+    stored = images if split == "all" else images[splits == split]
+
+    def decode(places: np.ndarray, side: int | None, channels: int | None) -> torch.Tensor:
+        made = to_float(stored[places])
+        return to_channels(resize(made, side or made.shape[-1]), channels or made.shape[1])
+
+    return len(stored), decode
 
 
 def _decode(image: Image.Image) -> torch.Tensor:
@@ -260,23 +334,35 @@ def _read_dataset(name: str, split: str) -> Any:
     return data[split]
 
 
-def _dataset_files(
-    name: str, split: str, n: int | None, rng: np.random.Generator | None
-) -> Iterator[tuple[str, Path | BytesIO | None]]:
-    """Yield label and undecoded file of each chosen image of a Hugging Face dataset."""
+def _open_folder(folder: Path) -> tuple[int, Reader]:
+    files = _folder_files(folder)
+
+    def decode(places: np.ndarray, side: int | None, channels: int | None) -> torch.Tensor:
+        chosen = (files[i] for i in places.tolist())
+        return _one_size(((str(path), path) for path in chosen), side, channels)
+
+    return len(files), decode
+
+
+def _open_dataset(name: str, split: str) -> tuple[int, Reader]:
+    """Open a Hugging Face dataset; its images stay undecoded until they are read."""
+    data = _read_dataset(name, split)
     from datasets import Image as ImageColumn
 
-    data = _read_dataset(name, split)
     columns = [c for c, kind in data.features.items() if isinstance(kind, ImageColumn)]
     if not columns:
         raise ValueError(
             f"dataset {name!r} has no image column; its columns are {', '.join(data.features)}"
         )
     data = data.cast_column(columns[0], ImageColumn(decode=False))
-    for i in _choose(len(data), n, rng, name).tolist():
-        stored = data[i][columns[0]] or {}
-        content, path = stored.get("bytes"), stored.get("path")
-        yield f"image {i} of {name}", BytesIO(content) if content else path and Path(path)
+
+    def files(places: np.ndarray) -> Iterator[tuple[str, Path | BytesIO | None]]:
+        for i in places.tolist():
+            stored = data[i][columns[0]] or {}
+            content, path = stored.get("bytes"), stored.get("path")
+            yield f"image {i} of {name}", BytesIO(content) if content else path and Path(path)
+
+    return len(data), lambda places, side, channels: _one_size(files(places), side, channels)
 
 
 def _one_size(
@@ -308,6 +394,52 @@ def _choose(count: int, n: int | None, rng: np.random.Generator | None, name: st
             f"{n} images were asked for, but {name!r} holds {count}; ask for 1 to {count}"
         )
     return np.arange(n) if rng is None else np.sort(rng.choice(count, n, replace=False))
+
+
+def open_images(
+    name: str,
+    *,
+    n: int | None = None,
+    split: str = "fit",
+    like: FrozenModel | None = None,
+    rng: np.random.Generator | None = None,
+) -> ImageRows:
+    """Open a domain to read its images some rows at a time.
+
+    Parameters
+    ----------
+    name, n, split, like, rng
+        As in `load_images`.
+
+    Returns
+    -------
+    ImageRows
+        The images, not decoded yet.
+
+    Raises
+    ------
+    ValueError
+        If the name, the split or `n` is unknown or too large, or a folder is empty.
+
+    Examples
+    --------
+    >>> len(open_images("digits", n=40))
+    40
+    """
+    root = project_root()
+    if name in domain_names(root):
+        count, decode = _open_shipped(name, split, root)
+    elif _is_image_folder(name):
+        count, decode = _open_folder(Path(name))
+    elif name and (Path(name).is_dir() or "/" in name):
+        count, decode = _open_dataset(name, split)
+    else:
+        known = ", ".join(domain_names(root))
+        raise ValueError(
+            f"unknown domain {name!r}; known are {known}, or give a folder or owner/dataset"
+        )
+    side, channels = (None, None) if like is None else (like.sample_shape[1], like.sample_shape[0])
+    return ImageRows(name, _choose(count, n, rng, name), decode, side, channels)
 
 
 def load_images(
@@ -351,23 +483,4 @@ def load_images(
     >>> load_images("digits", n=4).shape
     torch.Size([4, 1, 32, 32])
     """
-    root = project_root()
-    channels, side = (
-        (like.sample_shape[0], like.sample_shape[1]) if like is not None else (None, None)
-    )
-    if name in domain_names(root):
-        images = _read_shipped(name, split, root)
-        images = images[_choose(len(images), n, rng, name)]
-        images = to_channels(resize(images, side or images.shape[-1]), channels or images.shape[1])
-    elif _is_image_folder(name):
-        files = _folder_files(Path(name))
-        chosen = (files[i] for i in _choose(len(files), n, rng, name))
-        images = _one_size(((str(path), path) for path in chosen), side, channels)
-    elif name and (Path(name).is_dir() or "/" in name):
-        images = _one_size(_dataset_files(name, split, n, rng), side, channels)
-    else:
-        known = ", ".join(domain_names(root))
-        raise ValueError(
-            f"unknown domain {name!r}; known are {known}, or give a folder or owner/dataset"
-        )
-    return images * 2 - 1
+    return open_images(name, n=n, split=split, like=like, rng=rng).read()

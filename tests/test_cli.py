@@ -1,14 +1,18 @@
 """The command `ood`: a wrong word is one sentence and exit status 2, and nothing is left behind."""
 
+import errno
 import shutil
 import sys
+from inspect import signature
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ood_lib import cli
+from ood_lib import cli, latents
+from ood_lib.latents import get
 
 
 @pytest.fixture
@@ -47,20 +51,82 @@ def test_a_folder_of_pictures_is_inverted_and_kept(project, picture_folder, ood)
     status, out, _ = ood(*words)
     assert status == 0
     assert "6 latents, 2 network calls an image" in out
+    assert out.count("\n") == 1
     (made,) = (project / "runs" / "latents" / "tiny").iterdir()
     assert out.strip().endswith(str(made))
-    assert load_file(made)["latent"].shape == (6, 1, 8, 8)
-    before = made.stat().st_mtime_ns
-    assert ood(*words)[0] == 0
-    assert made.stat().st_mtime_ns == before
+    (shard,) = made.glob("*.safetensors")
+    assert load_file(shard)["latent"].shape == (6, 1, 8, 8)
+    before = shard.stat().st_mtime_ns
+    assert ood(*words)[:2] == (0, out)
+    assert shard.stat().st_mtime_ns == before
 
 
-def test_every_option_of_invert_arrives(project, ood):
+def test_every_option_of_invert_arrives(project, ood, monkeypatch):
+    asked = []
+
+    def shards(spec, **options):
+        asked.append((spec, options))
+        return iter(())
+
+    monkeypatch.setattr(latents, "shards", shards)
     words = (
-        "invert tiny faces --split heldout --n 3 --points 4 --solver heun --start noise --seed 7"
+        "invert tiny faces --split heldout --n 3 --preset paper --points 4 --solver heun --t-end 900 "
+        "--start noise --seed 7 --levels --revision main --backend torch --precision bf16 "
+        "--device meta --batch-size 5 --shard 6"
     )
     status, out, _ = ood(*words.split())
-    assert (status, "3 latents, 6 network calls" in out) == (0, True)
+    ((spec, options),) = asked
+    assert (status, "0 latents" in out, "error estimate unknown" in out) == (0, True, True)
+    assert spec == latents.LatentSpec(
+        "tiny",
+        "faces",
+        split="heldout",
+        n=3,
+        preset="paper",
+        points=4,
+        solver="heun",
+        t_end=900,
+        start="noise",
+        seed=7,
+        levels=True,
+        revision="main",
+    )
+    assert options == {
+        "backend": "torch",
+        "precision": "bf16",
+        "device": "meta",
+        "batch_size": 5,
+        "shard": 6,
+        "progress": True,
+    }
+
+
+def test_the_options_left_out_are_those_of_the_library(project, ood, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        latents, "shards", lambda spec, **options: asked.append((spec, options)) or ()
+    )
+    ood("invert", "tiny", "faces")
+    ((spec, options),) = asked
+    defaults = signature(get).parameters
+    assert spec == latents.LatentSpec("tiny", "faces")
+    assert {k: v for k, v in options.items() if k != "progress"} == {
+        k: defaults[k].default for k in ("backend", "precision", "device", "batch_size", "shard")
+    }
+
+
+def test_latents_are_made_in_shards_with_a_bar_and_one_closing_line(project, ood):
+    words = (
+        "invert tiny faces --split heldout --n 5 --points 5 --solver heun --start noise --shard 2"
+    )
+    status, out, err = ood(*words.split())
+    assert (status, out.count("\n")) == (0, 1)
+    assert "5 latents, 8 network calls an image, median error estimate " in out
+    assert float(out.split("estimate ")[1].split(":")[0]) > 0
+    assert "images/s" in err
+    assert "5/5" in err
+    (made,) = (project / "runs" / "latents" / "tiny").iterdir()
+    assert len(list(made.glob("*.safetensors"))) == 3
 
 
 def test_a_model_folder_may_be_named_instead_of_a_zoo_model(project, tiny_folder, ood):
@@ -110,6 +176,12 @@ WRONG = {
     "none": ("invert tiny faces --n 0", ["0 images", "1 to 50"]),
     "points": ("invert tiny faces --points 1", ["1 points", "n >= 2"]),
     "level": ("invert tiny faces --t-end 1000", ["1000", "999"]),
+    "preset": ("invert tiny faces --preset fast", ["'fast'", "converged, exact, paper"]),
+    "backend": ("invert tiny faces --backend abacus", ["'abacus'", "torch, openvino"]),
+    "number format": ("invert tiny faces --precision fp8", ["'fp8'", "fp32, bf16"]),
+    "device of latents": ("invert tiny faces --device abacus", ["abacus"]),
+    "shard": ("invert tiny faces --shard 0", ["shard of 0 images", "1 or more"]),
+    "batch": ("invert tiny faces --batch-size 0", ["batch_size is 0"]),
     "level that is no number": ("invert tiny faces --t-end nan", ["nan", "999"]),
     "training domain": ("train faces --out OUT", ["'faces'", "fashion", "digits"]),
     "unknown training domain": ("train moon --out OUT", ["'moon'"]),
@@ -174,15 +246,51 @@ def test_a_damaged_model_is_one_sentence(project, ood, tmp_path):
     assert "broken lacks" in err
 
 
-def test_damaged_latents_are_one_sentence_and_are_not_overwritten(project, ood):
-    words = ("invert", "tiny", "faces", "--n", 2, "--points", 2)
-    ood(*words)
-    (made,) = (project / "runs" / "latents" / "tiny").iterdir()
+def test_damaged_latents_are_named_and_made_again(project, ood):
+    words = ("invert", "tiny", "faces", "--n", 2, "--points", 5)
+    _, first, _ = ood(*words)
+    (made,) = (project / "runs" / "latents" / "tiny").glob("*/*.safetensors")
+    whole = load_file(made)["latent"].clone()  # what it maps is about to change
     made.write_bytes(b"half")
-    status, _, err = ood(*words)
-    assert status == 2
-    assert made.name in err
-    assert made.read_bytes() == b"half"
+    status, out, err = ood(*words)
+    assert (status, out) == (0, first)
+    (said,) = (line for line in err.replace("\r", "\n").splitlines() if line.startswith("ood: "))
+    assert made.name in said
+    assert "made again" in said
+    assert torch.equal(load_file(made)["latent"], whole)
+
+
+def last_line(err):
+    return err.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def test_latents_of_another_model_are_one_sentence_and_stay(project, factory, ood, tmp_path):
+    folder = factory.pipeline(tmp_path / "mine", factory.unet(seed=1))
+    words = ("invert", folder, "faces", "--n", 2, "--points", 5)
+    ood(*words)
+    (made,) = (project / "runs" / "latents").rglob("*.safetensors")
+    before = made.read_bytes()
+    factory.pipeline(folder, factory.unet(seed=2))
+    status, out, err = ood(*words)
+    assert (status, out) == (2, "")
+    assert last_line(err).startswith("ood: ")
+    assert all(word in last_line(err) for word in (made.name, "another model", "remove it"))
+    assert made.read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence_and_costs_one_shard(project, ood, monkeypatch):
+    def full(tensors, path, metadata):
+        if "000002" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(latents, "save_file", full)
+    status, out, err = ood("invert", "tiny", "faces", "--n", 4, "--points", 5, "--shard", 2)
+    assert (status, out) == (2, "")
+    assert last_line(err).startswith("ood: ")
+    assert all(word in last_line(err) for word in ("000002-000003", "No space left", "run again"))
+    (made,) = (project / "runs" / "latents" / "tiny").iterdir()
+    assert [p.name for p in made.iterdir() if p.name != ".lock"] == ["000000-000001.safetensors"]
 
 
 @pytest.mark.parametrize(

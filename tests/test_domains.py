@@ -13,6 +13,7 @@ from PIL import Image
 from ood_lib.domains import (
     domain_names,
     load_images,
+    open_images,
     project_root,
     resize,
     to_channels,
@@ -118,6 +119,41 @@ def test_the_first_images_or_a_random_choice_that_a_generator_repeats():
     assert not torch.equal(first, other)
     assert len(torch.unique(first.flatten(1), dim=0)) == 20
     assert (whole.flatten(1) == first[3].flatten()).all(1).any()
+
+
+# rows
+
+
+@pytest.mark.parametrize("kind", ["shipped", "folder", "dataset"])
+def test_rows_are_those_of_the_whole(kind, picture_folder, tmp_path, schedule):
+    names = {"shipped": "digits", "folder": str(picture_folder)}
+    if kind == "dataset":
+        names[kind] = local_dataset(tmp_path / "set", [grey(20 * i) for i in range(6)])
+    like = model_like(schedule, 3, 12, 12)
+    whole, rows = (load(names[kind], n=6, like=like) for load in (load_images, open_images))
+    assert len(rows) == 6
+    assert torch.equal(rows.read(), whole)
+    assert torch.equal(torch.cat([rows.read(0, 1), rows.read(1, 4), rows.read(4)]), whole)
+
+
+def test_only_the_rows_that_are_asked_for_are_decoded(picture_folder):
+    (picture_folder / "3.png").write_bytes(b"no picture")
+    rows = open_images(str(picture_folder))
+    assert len(rows.read(0, 3)) == 3
+    with pytest.raises(ValueError, match=r"3\.png is not a readable image"):
+        rows.read(2, 4)
+
+
+def test_a_random_choice_keeps_its_rows():
+    whole = load_images("digits", n=20, rng=np.random.default_rng(1))
+    rows = open_images("digits", n=20, rng=np.random.default_rng(1))
+    assert torch.equal(rows.read(7, 9), whole[7:9])
+
+
+@pytest.mark.parametrize(("first", "stop"), [(-1, 2), (3, 3), (4, 3), (0, 7), (6, None)])
+def test_rows_that_are_not_there_are_named(picture_folder, first, stop):
+    with pytest.raises(ValueError, match=rf"rows {first} to .* it has rows 0 to 6"):
+        open_images(str(picture_folder)).read(first, stop)
 
 
 # resizing and channels
