@@ -59,6 +59,9 @@ def train(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast)")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     source: Annotated[Path | None, typer.Option(help="folder with the package's files")] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(help="leave the run at this step, to go on another time")
+    ] = None,
 ) -> None:
     """Train a model on a domain; a killed run goes on where its last checkpoint stands."""
     from ood_lib import training
@@ -83,7 +86,9 @@ def train(
     )
     work = project_root() / "runs" / "training" / out.name
     images = train_images(domain, source=source)
-    made = training.train(images, recipe, out, work=work, name=domain, device=device)
+    made = training.train(
+        images, recipe, out, work=work, name=domain, device=device, stop_after=stop_after
+    )
     typer.echo(f"wrote {made}")
 
 
