@@ -2,12 +2,14 @@
 
 With ``xbar = x_t / sqrt(alpha_bar_t)`` the deterministic path is ``d xbar / d sigma = eps``. For
 Gaussian data N(m, C) it is affine along each eigenvector of C:
-``xbar - m`` scales as ``sqrt(lambda + sigma^2)``.
+``xbar - m`` scales as ``sqrt(lambda + sigma^2)``. Fresh noise on the way back (eta > 0) multiplies the
+whitened deviation by ``r`` and fills the rest up with noise of the data's own covariance.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +17,15 @@ import torch
 from ood_lib.models import FrozenModel
 from ood_lib.schedule import NoiseSchedule
 
-__all__ = ["GaussianLaw", "MixtureLaw", "analytic_model", "exact_latent"]
+__all__ = [
+    "EtaResponse",
+    "GaussianLaw",
+    "MixtureLaw",
+    "analytic_model",
+    "eta_mse",
+    "eta_response",
+    "exact_latent",
+]
 
 
 @dataclass(frozen=True)
@@ -48,18 +58,36 @@ class GaussianLaw:
     residual: float = 0.0
 
     @classmethod
-    def fit(cls, samples: torch.Tensor) -> GaussianLaw:
-        """Mean and empirical covariance of ``(n, d)`` samples, through a thin SVD."""
+    def fit(cls, samples: torch.Tensor, *, heldout: torch.Tensor | None = None) -> GaussianLaw:
+        """Mean and covariance of ``(n, d)`` samples, through a thin SVD.
+
+        The variances are those of the samples, and 0 outside their span. With ``(m, d)`` held-out
+        samples they are those of the held-out ones along the same directions, and outside the span
+        their mean variance: fewer samples than coordinates overrate the former and hide the latter.
+        """
         flat = samples.double()
         mean = flat.mean(0)
         _, s, v = torch.linalg.svd(flat - mean, full_matrices=False)
         keep = s > s[0] * 1e-9
-        return cls(mean, v[keep].T.contiguous(), s[keep] ** 2 / (len(flat) - 1))
+        law = cls(mean, v[keep].T.contiguous(), s[keep] ** 2 / (len(flat) - 1))
+        return law if heldout is None else cls(mean, law.basis, *law._second_moments(heldout))
 
     @property
     def dim(self) -> int:
         """Number of coordinates d."""
         return len(self.mean)
+
+    def _second_moments(self, samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Mean square of rows about the mean: along each column of the basis, and of one other direction."""
+        along, rest = self._squares(samples)
+        others = self.dim - self.basis.shape[1]
+        return along.mean(0), float(rest.mean()) / others if others else 0.0
+
+    def _squares(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared deviations of rows (N, d): along the basis (N, r), and all the rest together (N,)."""
+        y = rows.double() - self.mean
+        along = (y @ self.basis).square()
+        return along, (y.square().sum(1) - along.sum(1)).clamp(min=0)
 
     def _scale(self, y: torch.Tensor, along: torch.Tensor, rest: float) -> torch.Tensor:
         """Multiply centred rows by `along` in the basis and by `rest` outside it."""
@@ -219,3 +247,178 @@ def exact_latent(
     sigma, signal = schedule.sigma(levels), np.sqrt(schedule.alpha_bar_at(levels))
     there = law.flow(images.double().flatten(1) / signal[0], float(sigma[0]), float(sigma[1]))
     return (there * signal[1]).view_as(images)
+
+
+@dataclass(frozen=True)
+class EtaResponse:
+    """What a stochastic way back leaves of an image, direction by direction.
+
+    Parameters
+    ----------
+    factor : ndarray of shape (k,)
+        The part r of the image's deviation from the mean that returns; 1 is all of it.
+    variance : ndarray of shape (k,)
+        Variance of the noise beside it.
+
+    Examples
+    --------
+    >>> EtaResponse(np.array([0.9]), np.array([0.1])).factor
+    array([0.9])
+    """
+
+    factor: np.ndarray
+    variance: np.ndarray
+
+
+def _levels(
+    schedule: NoiseSchedule, t0: float | None, t_start: float, timesteps: np.ndarray | None
+) -> np.ndarray:
+    """Timesteps from the image to the latent: the two ends, or a whole grid."""
+    if (t0 is None) == (timesteps is None):
+        raise ValueError(
+            f"t0 is {t0} and timesteps are {'not ' if timesteps is None else ''}given; give t0 for the "
+            "limit of many steps, or timesteps for the steps of a grid"
+        )
+    levels = np.array([t_start, t0] if timesteps is None else timesteps, dtype=np.float64)
+    if levels.ndim != 1 or len(levels) < 2 or (np.diff(levels) <= 0).any():
+        raise ValueError(
+            f"the levels {levels} do not rise from the image to the latent; put lower levels first"
+        )
+    return levels
+
+
+def eta_response(
+    eigenvalues: np.ndarray,
+    schedule: NoiseSchedule,
+    *,
+    eta: float,
+    t0: float | None = None,
+    t_start: float = 0.0,
+    timesteps: np.ndarray | None = None,
+) -> EtaResponse:
+    """Tell what returns of an image, and how much noise, when DDIM walks back with `eta`.
+
+    The model knows a Gaussian law; the walk begins at the exact latent of the image.
+
+    Parameters
+    ----------
+    eigenvalues : array of shape (k,)
+        Variances of the law, one a direction; 0 is allowed.
+    schedule : NoiseSchedule
+        The noise schedule.
+    eta : float
+        Share of stochasticity in [0, 1].
+    t0 : float, optional
+        Level of the latent, for the limit of many steps.
+    t_start : float, default 0
+        Level of the image, beside `t0`.
+    timesteps : array of shape (n,), optional
+        Increasing grid from the image to the latent, for its own n - 1 steps.
+
+    Returns
+    -------
+    EtaResponse
+        ``factor`` and ``variance``, in the units of the image.
+
+    Raises
+    ------
+    ValueError
+        If `eta` or a variance is out of range, or not exactly one of `t0` and `timesteps` is given.
+
+    Notes
+    -----
+    In the limit of many steps the whitened deviation ``w = (xbar - m) / sqrt(lambda + sigma^2)`` is an
+    Ornstein-Uhlenbeck process in the time ``eta^2 log(lambda + sigma^2) / 2``, so from level tau to
+    level sigma ``r = ((lambda + sigma^2) / (lambda + tau^2))^(eta^2 / 2)`` and the noise has variance
+    ``(lambda + sigma^2) (1 - r^2)``: together they keep the law. On a grid, each step of eq. 12 and 16
+    of Song et al. (arXiv:2010.02502) from sigma_a to sigma_b multiplies the deviation by
+    ``(lambda + sigma_a sqrt(sigma_b^2 - f^2)) / (lambda + sigma_a^2)`` and adds noise of variance
+    ``f^2 = eta^2 sigma_b^2 (1 - sigma_b^2 / sigma_a^2)``. Both know the schedule by its noise levels
+    alone.
+
+    Examples
+    --------
+    >>> schedule = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> eta_response([0.01], schedule, eta=0.1, t0=500).factor.round(3)
+    array([0.965])
+    >>> from ood_lib.schedule import paper_grid
+    >>> eta_response([0.01], schedule, eta=0.1, timesteps=paper_grid(500, 40)).factor.round(3)
+    array([0.837])
+    """
+    lam = np.asarray(eigenvalues, dtype=np.float64)
+    if not 0 <= eta <= 1 or (lam < 0).any():
+        raise ValueError(
+            f"eta is {eta}, the smallest variance {lam.min()}; use 0 <= eta <= 1, >= 0"
+        )
+    levels = _levels(schedule, t0, t_start, timesteps)
+    noise = schedule.sigma(levels) ** 2
+    end, start = lam + noise[0], lam + noise[-1]
+    if timesteps is None:
+        factor = (end / start) ** (eta**2 / 2)
+        variance = end * (1 - factor**2)
+    else:
+        factor, variance = _walk_back(lam, noise[::-1], eta)
+        factor = factor * np.sqrt(start / end)  # the exact latent of a deviation of one
+    return EtaResponse(factor, variance * float(schedule.alpha_bar_at(levels[0])))
+
+
+def _walk_back(lam: np.ndarray, noise: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Multiply a deviation of one, and add up noise, over squared noise levels that fall."""
+    factor, variance = np.ones_like(lam), np.zeros_like(lam)
+    for here, there in pairwise(noise):
+        fresh = eta**2 * there * (1 - there / here)
+        gain = (lam + np.sqrt(here * (there - fresh))) / (lam + here)
+        factor, variance = gain * factor, gain**2 * variance + fresh
+    return factor, variance
+
+
+def eta_mse(
+    law: GaussianLaw,
+    images: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    eta: float,
+    t0: float | None = None,
+    t_start: float = 0.0,
+    timesteps: np.ndarray | None = None,
+) -> torch.Tensor:
+    """Predict the squared error of each image when it returns from its exact latent with `eta`.
+
+    Parameters
+    ----------
+    law : GaussianLaw
+        The law that the model knows.
+    images : Tensor of shape (N, C, H, W)
+        Images of any law.
+    schedule, eta, t0, t_start, timesteps
+        As in `eta_response`.
+
+    Returns
+    -------
+    Tensor of shape (N,)
+        Expected squared error, mean over the numbers of an image.
+
+    Notes
+    -----
+    ``sum_i (1 - r_i)^2 y_i^2 + v_i`` over d, with the deviations y_i of the image from the mean and
+    `eta_response`'s r_i and v_i: what is lost of the image, and the noise that comes instead.
+
+    Examples
+    --------
+    >>> law = GaussianLaw(*(f(4).double() for f in (torch.zeros, torch.eye, torch.ones)))
+    >>> schedule = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> eta_mse(law, torch.ones(1, 1, 1, 4), schedule, eta=0.0, t0=500)
+    tensor([0.], dtype=torch.float64)
+    """
+    levels = _levels(schedule, t0, t_start, timesteps)
+    spectrum = np.append(law.eigenvalues.numpy(), law.residual)
+    response = eta_response(
+        spectrum, schedule, eta=eta, t0=t0, t_start=t_start, timesteps=timesteps
+    )
+    lost = torch.from_numpy((1 - response.factor) ** 2)
+    noise = torch.from_numpy(response.variance)
+    signal = float(np.sqrt(schedule.alpha_bar_at(levels[0])))
+    along, rest = law._squares(images.double().flatten(1) / signal)
+    gone = signal**2 * (along @ lost[:-1] + rest * lost[-1])
+    others = law.dim - len(law.eigenvalues)
+    return (gone + noise[:-1].sum() + others * noise[-1]) / law.dim
