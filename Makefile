@@ -6,7 +6,7 @@ SNAKEMAKE = $(BIN)/python -m snakemake --snakefile workflow/Snakefile --profile 
 INDEX := _build/html/index.html
 
 .DEFAULT_GOAL := help
-.PHONY: help book rebook quick test test-all lint serve clean
+.PHONY: help book rebook quick test test-all lint bench serve clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,11 @@ test-all: .venv/.installed  ## run all tests
 lint: .venv/.installed  ## check style and formatting
 	@$(BIN)/ruff check ood_lib tests notebooks benchmarks
 	@$(BIN)/ruff format --check ood_lib tests notebooks benchmarks
+
+bench: .venv/.installed  ## time inversion against other software; keep the machine quiet
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt \
+		|| echo "azula could not be installed; the run goes on without it" >&2
+	@$(BIN)/python benchmarks/inversion.py
 
 serve:  ## serve the book that `make book` built
 	@test -f $(INDEX) || { echo "there is no book yet: run make book" >&2; exit 1; }
