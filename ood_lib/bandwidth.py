@@ -224,7 +224,8 @@ def eta_curve(
     """
     values = _check_etas(etas)
     if latent is None:
-        latent = invert(model, images, timesteps=_fine(model.schedule, timesteps)).latent
+        fine = _fine(model.schedule, timesteps)
+        latent = invert(model, images, solver="abm2", timesteps=fine).latent
     start = generator.get_state()
     returned, nfe = [], 0
     for eta in values.tolist():

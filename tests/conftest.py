@@ -29,6 +29,14 @@ ROOT = project_root()
 LAMBDAS = np.array([1e-4, 1e-3, 1e-2, 0.1, 1.0])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_torch():
+    """Let "auto" choose torch on every processor: compiling each model takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        yield
+
+
 @pytest.fixture(scope="session")
 def root():
     """Folder of the project itself."""
