@@ -95,12 +95,14 @@ def contenders(setup: Setup) -> list[Contender]:
 
 
 def our_rows(setup: Setup) -> list[Contender]:
-    """Presets on the contenders' network and in the default backend; solvers on the former."""
+    """Presets in the default backend and on the contenders' network; solvers on the latter."""
     rows = [
         _our_row(f"ours, {preset}{label}", model, (0,), {"preset": preset})
         for label, model in ((", default backend", setup.default), ("", setup.same))
         for preset in ("converged", "exact", "paper")
     ]
+    preset = {"preset": "converged"}
+    rows.append(_our_row("ours, converged with n points", setup.same, POINTS, preset))
     ladders = {
         "ab2": POINTS,
         "abm2": POINTS,
@@ -109,7 +111,8 @@ def our_rows(setup: Setup) -> list[Contender]:
         "ddim": (24, 80, 240),
     }
     for solver, ladder in ladders.items():
-        rows.append(_our_row(f"ours, {solver}", setup.same, ladder, {"solver": solver}))
+        name = f"ours, {solver}, even in log sigma"
+        rows.append(_our_row(name, setup.same, ladder, {"solver": solver}))
     return rows
 
 

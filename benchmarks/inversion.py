@@ -1,6 +1,6 @@
 """Time inversion against other software on one machine, with one frozen model and the same images.
 
-    make bench                                        # the whole run, 15 to 20 minutes on two cores
+    make bench                                        # the whole run, about 20 minutes on two cores
     .venv/bin/python benchmarks/inversion.py --quick  # a smoke run
 
 The contenders stand in ``contenders.py``. Each is judged at its own last level against a reference that

@@ -123,16 +123,25 @@ class Latent:
 # ours
 
 
+def with_points(model: FrozenModel, options: dict[str, Any], n: int) -> dict[str, Any]:
+    """Ask for `n` points: of a preset's own grid, or for a solver even in log sigma; 0 asks nothing."""
+    if not n:
+        return options
+    if "solver" in options:
+        return options | {"timesteps": uniform_log_sigma(model.schedule, n)}
+    return options | {"points": n}
+
+
 def ours(model: FrozenModel, options: dict[str, Any], images: Tensor, n: int) -> Latent:
-    """Invert with our library: a preset or a solver, on its own number of points or on `n`."""
-    made = invert(model, images, **options, points=n or None)
+    """Invert with our library, by a preset or a solver."""
+    made = invert(model, images, **with_points(model, options, n))
     t_end = float(made.timesteps[-1])
     return Latent(made.latent, t_end, made.nfe, companion=made.companion, grid=made.timesteps)
 
 
 def ours_back(model: FrozenModel, options: dict[str, Any], latent: Latent, n: int) -> Tensor:
     """Generate with our library, on the grid of the way there."""
-    options = options | {"points": n or None, "companion": latent.companion}
+    options = with_points(model, options, n) | {"companion": latent.companion}
     return generate(model, latent.value, **options).images
 
 

@@ -126,7 +126,7 @@ def draw(rows: pd.DataFrame, goal: float = GOAL) -> Figure:
     use_style()
     fig, ax = plt.subplots(figsize=(11, 6.5), layout="constrained")
     shown = rows[rows.latent_rmse <= WORST_SHOWN]
-    markers = cycle("osD^vP*Xph<>8d")
+    markers = cycle("osD^vP*Xp<>hd")
     for name, part in shown.groupby("contender", sort=False):
         style, colour = GROUPS[part.group.iloc[0]]
         ax.loglog(

@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--model", default="ddpm-fashion-32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     args = parser.parse_args()
     bind(args.threads)
