@@ -676,7 +676,7 @@ def test_levels_are_the_states_on_the_way(smooth_oracle, solver):
     torch.testing.assert_close(made.levels[-1], made.latent.float())
     middle = smooth_oracle.flow(x, 0, grid[250])
     assert rms(made.levels[250].numpy() - middle) < (
-        0.06 if solver in ("ddim", "fixed_point") else 0.01
+        0.1 if solver in ("ddim", "fixed_point") else 0.02
     )
     assert invert(smooth_oracle.model, x, solver=solver).levels is None
 
