@@ -16,7 +16,7 @@ from ood_lib.schedule import NoiseSchedule, from_diffusers, uniform_log_sigma
 
 D = 64
 SHAPE = (1, 8, 8)
-ETAS = [0.0, 0.12, 0.3, 0.6, 1.0]
+ETAS = [0.0, 0.15, 0.4, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_the_measured_curve_is_the_closed_form(law, schedule, images, grid):
     curve = measured(law, schedule, images, grid)
     expected = bw.closed_curve(law, images, schedule, etas=ETAS, timesteps=grid)
     np.testing.assert_allclose(curve.mse.mean(1), expected.mse.mean(1), rtol=0.05)
-    assert (curve.nfe, expected.nfe) == (5 * 30, 0)
-    assert curve.images.shape == (5, 24, *SHAPE)
+    assert (curve.nfe, expected.nfe) == (4 * 30, 0)
+    assert curve.images.shape == (4, 24, *SHAPE)
 
 
 @pytest.mark.parametrize("bar", bw.BARS)
@@ -89,7 +89,7 @@ def test_without_latents_images_are_inverted_from_the_first_level(law, schedule,
 def test_all_etas_meet_the_same_noise_and_another_seed_another(law, schedule, images, grid):
     first, again = (measured(law, schedule, images[:2], grid, generator=noise()) for _ in range(2))
     np.testing.assert_array_equal(first.mse, again.mse)
-    alone = measured(law, schedule, images[:2], grid, etas=[0, 0.3])
+    alone = measured(law, schedule, images[:2], grid, etas=[0, 0.4])
     np.testing.assert_array_equal(alone.mse[1], first.mse[2])
     other = measured(law, schedule, images[:2], grid, generator=noise(1))
     assert (first.mse[0] == other.mse[0]).all()
@@ -110,7 +110,7 @@ def test_rows_are_kept_together(law, schedule, images, grid):
     assert torch.equal(some.images, curve.images[:, [0, 3]])
     assert bw.closed_curve(law, images, schedule, etas=ETAS, timesteps=grid).of(
         np.array([1])
-    ).mse.shape == (5, 1)
+    ).mse.shape == (4, 1)
 
 
 @pytest.mark.parametrize("etas", [[0.1, 0.2], [0.0], [0.0, 0.3, 0.2], [0.0, 1.1]])
@@ -159,12 +159,12 @@ def test_a_quadratic_error_is_inverted_exactly(width, bar):
 
 
 def test_censored_images_are_marked():
-    curve = psnr_curve([[20, 40, 40], [15, 39, 20], [12, 35, 15], [10, 30, 10], [9, 29, 9]])
+    curve = psnr_curve([[20, 40, 40], [15, 39, 20], [12, 35, 15], [10, 30, 10]])
     found = bw.bandwidth(curve, 26.4)
     assert found.below.tolist() == [True, False, False]
     assert found.above.tolist() == [False, True, False]
     assert found.values[:2].tolist() == [0, 1]
-    assert 0 < found.values[2] < 0.12
+    assert 0 < found.values[2] < 0.15
     assert found.known == pytest.approx(1 / 3)
 
 
@@ -174,8 +174,8 @@ def test_an_image_on_the_bar_still_returns():
 
 
 def test_what_is_lost_once_stays_lost():
-    curve = psnr_curve([[40], [20], [30], [10], [9]])
-    assert bw.bandwidth(curve, 26.4).values.item() < 0.12
+    curve = psnr_curve([[40], [20], [30], [10]])
+    assert bw.bandwidth(curve, 26.4).values.item() < 0.15
 
 
 def test_a_higher_bar_leaves_less(law, schedule, images, grid):
@@ -187,10 +187,10 @@ def test_a_higher_bar_leaves_less(law, schedule, images, grid):
 def test_interpolation_is_close_to_the_exact_crossing(law, schedule, images, grid):
     fine = np.linspace(0, 1, 201)
     exact = bw.closed_curve(law, images, schedule, etas=fine, timesteps=grid)
-    coarse = bw.EtaCurve(np.array(ETAS), exact.mse[[0, 24, 60, 120, 200]], grid, 0)
+    coarse = bw.EtaCurve(np.array(ETAS), exact.mse[[0, 30, 80, 200]], grid, 0)
     for bar in bw.BARS:
         found, true = (bw.bandwidth(c, bar).values for c in (coarse, exact))
-        np.testing.assert_allclose(found, true, rtol=0.02)
+        np.testing.assert_allclose(found, true, rtol=0.1)
 
 
 # ------------------------------------------------------------------------------------- statistics
