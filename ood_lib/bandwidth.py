@@ -224,7 +224,8 @@ def eta_curve(
     """
     values = _check_etas(etas)
     if latent is None:
-        fine = _fine(model.schedule, timesteps)
+        first, last = float(timesteps[0]), float(timesteps[-1])
+        fine = uniform_log_sigma(model.schedule, POINTS, t_start=first, t_end=last)
         latent = invert(model, images, solver="abm2", timesteps=fine).latent
     start = generator.get_state()
     returned, nfe = [], 0
@@ -238,17 +239,6 @@ def eta_curve(
     there = torch.stack(returned)
     mse = (there - images).square().flatten(2).mean(2).numpy()
     return EtaCurve(values, mse, np.asarray(timesteps, dtype=float), nfe, there.float())
-
-
-def _fine(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
-    """Grid of inversion between the ends of another one, uniform in log sigma."""
-    first, last = float(timesteps[0]), float(timesteps[-1])
-    if first == 0:
-        return uniform_log_sigma(schedule, POINTS, t_end=last)
-    ends = schedule.log_sigma([first, last])
-    grid = schedule.t_of_log_sigma(np.linspace(*ends, POINTS))
-    grid[0], grid[-1] = first, last
-    return grid
 
 
 def fitted_law(samples: torch.Tensor, heldout: torch.Tensor) -> GaussianLaw:

@@ -376,7 +376,7 @@ def invert(
     calls, levels = NetworkCalls(model, batch_size), [] if keep_levels else None
     x = _start(calls, x0, grid[0], start, generator)
     latent, error, before = walk(
-        calls, x, grid, solver, eps_at=eps_at, levels=levels, progress=progress
+        calls, x, grid, solver, eps_at=eps_at, levels=levels, estimate=True, progress=progress
     )
     return Inversion(
         latent,

@@ -174,8 +174,19 @@ def uniform_t(schedule: NoiseSchedule, n: int, *, t_end: float | None = None) ->
     return np.round(np.linspace(0, end, n))
 
 
-def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = None) -> np.ndarray:
-    """`n` timesteps from 0 to `t_end`, evenly spaced in log sigma, fractional where needed.
+def _at_levels(
+    schedule: NoiseSchedule, log_sigma: np.ndarray, first: float, end: float
+) -> np.ndarray:
+    """Timesteps of rising levels, whose ends are hit exactly."""
+    grid = schedule.t_of_log_sigma(log_sigma)
+    grid[0], grid[-1] = first, end
+    return grid
+
+
+def uniform_log_sigma(
+    schedule: NoiseSchedule, n: int, *, t_start: float = 0.0, t_end: float | None = None
+) -> np.ndarray:
+    """`n` timesteps from `t_start` to `t_end`, evenly spaced in log sigma, fractional where needed.
 
     Parameters
     ----------
@@ -183,6 +194,8 @@ def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = 
         Gives sigma.
     n : int
         Number of points, both ends included.
+    t_start : float, default 0
+        First timestep.
     t_end : float, optional
         Last timestep; `NoiseSchedule.t_end` by default.
 
@@ -194,7 +207,7 @@ def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = 
     Raises
     ------
     ValueError
-        If `n` is under 2 or `t_end` is outside (0, T - 1].
+        If `n` is under 2, `t_end` is outside (0, T - 1] or `t_start` outside [0, t_end).
 
     Examples
     --------
@@ -203,9 +216,10 @@ def uniform_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = 
     array([2.415989, 2.415989, 2.415989, 2.415989])
     """
     end = _last(schedule, n, t_end)
-    grid = schedule.t_of_log_sigma(np.linspace(schedule.log_sigma(0), schedule.log_sigma(end), n))
-    grid[0], grid[-1] = 0.0, end
-    return grid
+    if not 0 <= t_start < end:
+        raise ValueError(f"t_start is {t_start}; a grid up to t = {end:g} starts in [0, {end:g})")
+    levels = np.linspace(schedule.log_sigma(t_start), schedule.log_sigma(end), n)
+    return _at_levels(schedule, levels, t_start, end)
 
 
 def graded_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = None) -> np.ndarray:
@@ -245,9 +259,8 @@ def graded_log_sigma(schedule: NoiseSchedule, n: int, *, t_end: float | None = N
     fine = np.linspace(schedule.log_sigma(0), schedule.log_sigma(end), 4096)
     density = np.interp(fine, np.log(list(GRADED)), list(GRADED.values()))
     count = np.concatenate([[0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
-    grid = schedule.t_of_log_sigma(np.interp(np.linspace(0, count[-1], n), count, fine))
-    grid[0], grid[-1] = 0.0, end
-    return grid
+    levels = np.interp(np.linspace(0, count[-1], n), count, fine)
+    return _at_levels(schedule, levels, 0.0, end)
 
 
 def paper_grid(t0: int = 900, n: int = 80) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +26,6 @@ FIXED_POINT_TOLERANCE = 1e-7  # of the state, rms, in units of the noise at its 
 # A sum of two multiples of this below 2**14 is exact in float64, so leapfrog steps lose nothing. The
 # trick is that of Levesque and Verlet, J. Stat. Phys. 72, 1993, for molecular dynamics.
 LATTICE = 2.0**-39
-# The deviations of ab2 change sign and are damped: on analytic models and on networks their sum was 2.7
-# to 12 times the error. Those of the other schemes add up.
-DEVIATIONS_COUNT = {"ab2": 0.4}
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 State = torch.Tensor
@@ -259,13 +257,23 @@ def _warn_unsolved(t: float, residual: float) -> None:
     )
 
 
-SCHEMES: dict[str, Callable[..., Steps]] = {
-    "ddim": _ddim,
-    "heun": _heun,
-    "ab2": _ab2,
-    "abm2": _abm2,
-    "leapfrog": _leapfrog,
-    "fixed_point": _fixed_point,
+class _Scheme(NamedTuple):
+    """A scheme, and how its error is judged: over how many levels, and what part of the sum counts."""
+
+    steps: Callable[..., Steps]
+    stride: int = 1
+    counts: float = 1.0
+
+
+SCHEMES = {
+    "ddim": _Scheme(_ddim),
+    "heun": _Scheme(_heun),
+    # Its deviations change sign and are damped: on analytic models and on networks their sum was 2.7 to
+    # 12 times the error. Those of the other schemes add up.
+    "ab2": _Scheme(_ab2, counts=0.4),
+    "abm2": _Scheme(_abm2),
+    "leapfrog": _Scheme(_leapfrog, stride=2),
+    "fixed_point": _Scheme(_fixed_point),
 }
 SOLVERS = tuple(SCHEMES)
 
@@ -313,6 +321,7 @@ def walk(
     eps_at: str = "current",
     companion: State | None = None,
     levels: list[State] | None = None,
+    estimate: bool = False,
     progress: bool = False,
 ) -> tuple[State, torch.Tensor | None, State]:
     """Carry the state at ``grid[0]`` to ``grid[-1]``, in whichever direction the grid runs.
@@ -333,37 +342,40 @@ def walk(
         State at ``grid[1]``, for "leapfrog" to retrace a walk.
     levels : list, optional
         Is given the float32 state at every level.
+    estimate : bool, default False
+        Bound the error, which holds some states more.
     progress : bool, default False
         Show a progress bar.
 
     Returns
     -------
     tuple
-        The state at the last level, the bound on its error an image (None where there is none), and
-        the state at the last level but one.
+        The state at the last level, the bound on its error an image (None where there is none or none was
+        asked for), and the state at the last level but one.
 
     Examples
     --------
     >>> from ood_lib.models import load_model, zero_model
     >>> calls = NetworkCalls(zero_model(load_model("ddpm-fashion-32")), 64)
-    >>> walk(calls, torch.ones(1, 1, 32, 32), np.array([0.0, 9.0, 99.0, 999.0]), "abm2")[1].item()
+    >>> grid = np.array([0.0, 9.0, 99.0, 999.0])
+    >>> walk(calls, torch.ones(1, 1, 32, 32), grid, "abm2", estimate=True)[1].item()
     0.0
     """
-    alpha_bar = calls.model.schedule.alpha_bar_at(grid)
-    signal = [float(a) for a in np.sqrt(alpha_bar)]
+    signal = [float(a) for a in np.sqrt(calls.model.schedule.alpha_bar_at(grid))]
+    scheme = _Scheme(_ddim_target) if eps_at == "target" else SCHEMES[solver]
     there = Walk(calls, grid)
-    scheme = _ddim_target if eps_at == "target" else SCHEMES[solver]
-    meter = _ErrorMeter(there, stride=2 if solver == "leapfrog" else 1)
+    meter = _ErrorMeter(there, scheme.stride) if estimate else None
     options = {"companion": companion / signal[1]} if companion is not None else {}
-    steps = scheme(there, x / signal[0], **options)
     before = state = x / signal[0]
+    steps = scheme.steps(there, state, **options)
     bar = tqdm(steps, total=len(grid), disable=not progress, desc=solver, unit="level")
     for k, (xbar, eps) in enumerate(bar):
-        meter.add(k, xbar, eps)
+        if meter is not None:
+            meter.add(k, xbar, eps)
         before, state = state, xbar
         if levels is not None:
             levels.append((xbar * signal[k]).float())
-    error = meter.estimate
+    error = None if meter is None else meter.estimate
     if error is not None:
-        error = error * signal[-1] * DEVIATIONS_COUNT.get(solver, 1.0)
+        error = error * signal[-1] * scheme.counts
     return state * signal[-1], error, before * signal[-2]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ood_lib.backends import write_whole
 from ood_lib.inversion import generate
 from ood_lib.losses import hybrid_loss, level_weight, simple_loss
 from ood_lib.models import check_device, load_model
@@ -362,13 +362,6 @@ class TrainingRun:
         return copy.eval()
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    write(partial)
-    partial.replace(path)
-
-
 def train(
     images: np.ndarray,
     recipe: Recipe,
@@ -447,9 +440,9 @@ def train(
         bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.4f}", refresh=False)
         if run.step == tenth:
             weights = {k: v.contiguous() for k, v in run.ema_network().state_dict().items()}
-            _write_atomically(work / "ema_10_percent.safetensors", lambda p: save_file(weights, p))  # noqa: B023
+            write_whole(work / "ema_10_percent.safetensors", lambda p: save_file(weights, p))  # noqa: B023
         if run.step % checkpoint_every == 0 or run.step == end:
-            _write_atomically(checkpoint, lambda p: torch.save(run.state(), p))
+            write_whole(checkpoint, lambda p: torch.save(run.state(), p))
     bar.close()
     if end < recipe.steps:
         return checkpoint
