@@ -24,7 +24,12 @@ __all__ = [
     "analytic_model",
     "eta_mse",
     "eta_response",
+    "euler_gain",
     "exact_latent",
+    "forward_law",
+    "latent_law",
+    "rms_size",
+    "wasserstein",
 ]
 
 
@@ -422,3 +427,238 @@ def eta_mse(
     gone = signal**2 * (along @ lost[:-1] + rest * lost[-1])
     others = law.dim - len(law.eigenvalues)
     return (gone + noise[:-1].sum() + others * noise[-1]) / law.dim
+
+
+# --------------------------------------------------------------------- laws of the latents of a domain
+
+
+def latent_law(
+    law: GaussianLaw,
+    data: GaussianLaw,
+    schedule: NoiseSchedule,
+    *,
+    t_start: float = 0.0,
+    t_end: float | None = None,
+) -> GaussianLaw:
+    """Give the exact law of the latents of Gaussian images, without drawing any.
+
+    Parameters
+    ----------
+    law : GaussianLaw
+        The law that the model knows.
+    data : GaussianLaw
+        The law of the images, which may be another one.
+    schedule : NoiseSchedule
+        The noise schedule.
+    t_start, t_end : float
+        As in `exact_latent`.
+
+    Returns
+    -------
+    GaussianLaw
+        Law of the states at `t_end`, with at most r + r' directions of their own for the r and r' of
+        the two laws.
+
+    Raises
+    ------
+    ValueError
+        If a timestep lies outside [0, T - 1], or the laws differ in dimension.
+
+    Notes
+    -----
+    The path is affine, ``xbar -> m + A (xbar - m)`` with
+    ``A = (C + sigma_end^2)^(1/2) (C + sigma_start^2)^(-1/2)``, so images N(m', C') become
+    ``N(m + A (m' - m), A C' A^T)`` in the variable xbar.
+
+    Examples
+    --------
+    >>> law = GaussianLaw(*(f(4).double() for f in (torch.zeros, torch.eye, torch.ones)))
+    >>> wide = GaussianLaw(law.mean + 1, law.basis, 4 * law.eigenvalues)
+    >>> schedule = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> latent_law(law, wide, schedule).eigenvalues.numpy().round(3)
+    array([4., 4., 4., 4.])
+    """
+    _check_dimensions(law, data)
+    end = schedule.num_train_timesteps - 1 if t_end is None else t_end
+    levels = np.array([t_start, end])
+    sigma, signal = schedule.sigma(levels).tolist(), np.sqrt(schedule.alpha_bar_at(levels)).tolist()
+    shrink = signal[1] / signal[0]
+    grown = shrink**2 * (law.eigenvalues + sigma[1] ** 2) / (law.eigenvalues + sigma[0] ** 2)
+    rest = shrink**2 * (law.residual + sigma[1] ** 2) / (law.residual + sigma[0] ** 2)
+    carried = law._scale(data.basis.T, grown.sqrt(), rest**0.5).T
+    columns = torch.cat([carried, law.basis], dim=1)
+    weights = torch.cat([data.eigenvalues - data.residual, data.residual * (grown - rest)])
+    mean = signal[1] * law.flow(data.mean[None] / signal[0], *sigma)[0]
+    return _from_columns(mean, columns, weights, data.residual * rest)
+
+
+def _check_dimensions(a: GaussianLaw, b: GaussianLaw) -> None:
+    if a.dim != b.dim:
+        raise ValueError(
+            f"the laws have {a.dim} and {b.dim} dimensions; give two laws of one dimension"
+        )
+
+
+def _from_columns(
+    mean: torch.Tensor, columns: torch.Tensor, weights: torch.Tensor, residual: float
+) -> GaussianLaw:
+    """Make the law with covariance ``columns diag(weights) columns^T + residual I``."""
+    q, r = torch.linalg.qr(columns)
+    values, vectors = torch.linalg.eigh((r * weights) @ r.T)
+    return GaussianLaw(mean, q @ vectors, (values + residual).clamp(min=0), residual)
+
+
+def forward_law(data: GaussianLaw, schedule: NoiseSchedule, t: float) -> GaussianLaw:
+    """Give the law of Gaussian images with the noise of a level added: no model takes part.
+
+    Parameters
+    ----------
+    data : GaussianLaw
+        The law of the images.
+    schedule : NoiseSchedule
+        The noise schedule.
+    t : float
+        The level.
+
+    Returns
+    -------
+    GaussianLaw
+        ``N(a m, a^2 C + s^2 I)`` with ``a^2 = alpha_bar`` and ``s^2 = 1 - alpha_bar``.
+
+    Notes
+    -----
+    The average over the images of ``N(a x_0, s^2 I)``, which every sigma of Song et al.
+    (arXiv:2010.02502, Lemma 1) shares.
+
+    Examples
+    --------
+    >>> law = GaussianLaw(*(f(4).double() for f in (torch.ones, torch.eye, torch.ones)))
+    >>> schedule = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> forward_law(law, schedule, 999).eigenvalues.numpy().round(6)
+    array([1., 1., 1., 1.])
+    """
+    share = float(schedule.alpha_bar_at(t))
+    variances = share * data.eigenvalues + 1 - share
+    return GaussianLaw(
+        share**0.5 * data.mean, data.basis, variances, share * data.residual + 1 - share
+    )
+
+
+def rms_size(law: GaussianLaw) -> float:
+    """Root mean square norm of draws of a law.
+
+    Parameters
+    ----------
+    law : GaussianLaw
+        The law.
+
+    Returns
+    -------
+    float
+        Square root of ``|m|^2 + tr C``.
+
+    Examples
+    --------
+    >>> rms_size(GaussianLaw(*(f(4).double() for f in (torch.zeros, torch.eye, torch.ones))))
+    2.0
+    """
+    others = law.dim - len(law.eigenvalues)
+    square = law.mean.square().sum() + law.eigenvalues.sum() + others * law.residual
+    return float(square.sqrt())
+
+
+def wasserstein(a: GaussianLaw, b: GaussianLaw) -> float:
+    """2-Wasserstein distance of two Gaussian laws, in the units of their draws.
+
+    Parameters
+    ----------
+    a, b : GaussianLaw
+        Laws of equal dimension d, with r and r' directions of their own.
+
+    Returns
+    -------
+    float
+        The least root mean square distance at which draws of one can be paired with draws of the
+        other.
+
+    Raises
+    ------
+    ValueError
+        If the laws differ in dimension.
+
+    Notes
+    -----
+    ``|m - m'|^2 + tr(C + C' - 2 (C^(1/2) C' C^(1/2))^(1/2))``, Dowson and Landau, J. Multivariate
+    Analysis 12, 1982. Only the joint span of both bases is formed, at most (r + r') squared; outside
+    it both covariances are multiples of the identity.
+
+    Examples
+    --------
+    >>> a = GaussianLaw(*(f(4).double() for f in (torch.zeros, torch.eye, torch.ones)))
+    >>> round(wasserstein(a, GaussianLaw(a.mean, a.basis, 4 * a.eigenvalues)), 6)
+    2.0
+    """
+    if a.dim != b.dim:
+        raise ValueError(
+            f"the laws have {a.dim} and {b.dim} dimensions; compare laws of equal ones"
+        )
+    span = torch.linalg.qr(torch.cat([a.basis, b.basis], dim=1)).Q
+    roots = [_root_within(law, span) for law in (a, b)]
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    inside = sum(root.square().sum() for root in roots) - 2 * overlap
+    outside = (a.dim - span.shape[1]) * (a.residual**0.5 - b.residual**0.5) ** 2
+    return float(((a.mean - b.mean).square().sum() + inside.clamp(min=0) + outside).sqrt())
+
+
+def _root_within(law: GaussianLaw, span: torch.Tensor) -> torch.Tensor:
+    """Symmetric root of a covariance, in the coordinates of a span that holds the law's basis."""
+    own = span.T @ law.basis
+    rest = law.residual**0.5
+    return (own * (law.eigenvalues.sqrt() - rest)) @ own.T + rest * torch.eye(len(own)).double()
+
+
+def euler_gain(
+    eigenvalues: np.ndarray, schedule: NoiseSchedule, *, timesteps: np.ndarray
+) -> np.ndarray:
+    """Tell what DDIM inversion on a grid leaves of each deviation, relative to the exact latent.
+
+    Parameters
+    ----------
+    eigenvalues : array of shape (k,)
+        Variances of the law that the model knows, one a direction; 0 is allowed.
+    schedule : NoiseSchedule
+        The noise schedule.
+    timesteps : array of shape (n,)
+        Increasing grid from the image to the latent.
+
+    Returns
+    -------
+    ndarray of shape (k,)
+        Gain G in (0, 1]: 1 is the exact latent. The way back on the same grid multiplies by G again,
+        so a round trip returns ``G^2`` of the deviation.
+
+    Raises
+    ------
+    ValueError
+        If a variance is negative or the grid does not rise.
+
+    Notes
+    -----
+    A step from sigma_a to sigma_b, in either direction, multiplies the deviation by
+    ``(lambda + sigma_a sigma_b) / (lambda + sigma_a^2)``; the path by
+    ``sqrt((lambda + sigma_b^2) / (lambda + sigma_a^2))``. Their ratio is the same both ways: the cosine
+    of the angle that ``arctan(sigma / sqrt(lambda))`` turns by.
+
+    Examples
+    --------
+    >>> from ood_lib.schedule import paper_grid
+    >>> schedule = NoiseSchedule(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    >>> euler_gain([1e-4, 1e-2, 1.0], schedule, timesteps=paper_grid()).round(3)
+    array([0.828, 0.876, 0.979])
+    """
+    lam = np.asarray(eigenvalues, dtype=np.float64)
+    if (lam < 0).any():
+        raise ValueError(f"the smallest variance is {lam.min()}; a variance is 0 or more")
+    sigma = schedule.sigma(_levels(schedule, None, 0.0, timesteps))
+    angles = np.arctan2(sigma, np.sqrt(lam)[:, None])
+    return np.cos(np.diff(angles, axis=1)).prod(axis=1)
