@@ -6,7 +6,7 @@ SNAKEMAKE = $(BIN)/python -m snakemake --snakefile workflow/Snakefile --profile 
 INDEX := _build/html/index.html
 
 .DEFAULT_GOAL := help
-.PHONY: help book rebook quick test test-all lint bench serve clean
+.PHONY: help book rebook study quick test test-all lint bench calibrate serve clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -18,6 +18,9 @@ book: .venv/.installed  ## execute the chapters that are stale, build the HTML
 rebook: .venv/.installed  ## execute every chapter and invert every latent again, build the HTML
 	@$(SNAKEMAKE) all --forceall --config rebook=1
 	@echo "The book: $(CURDIR)/$(INDEX)"
+
+study: .venv/.installed  ## measure every model on every domain; hours, goes on where it was stopped
+	@for table in gaussianity separability geometry differences; do $(BIN)/ood study $$table || exit; done
 
 quick: .venv/.installed  ## run every chapter at the scale "quick" into runs/chapters
 	@$(SNAKEMAKE) quick
@@ -36,6 +39,9 @@ bench: .venv/.installed  ## time inversion against other software; keep the mach
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt \
 		|| echo "azula could not be installed; the run goes on without it" >&2
 	@$(BIN)/python benchmarks/inversion.py
+
+calibrate: .venv/.installed  ## simulate the null tables and the size and power of every test
+	@$(BIN)/python benchmarks/calibrate.py
 
 serve:  ## serve the book that `make book` built
 	@test -f $(INDEX) || { echo "there is no book yet: run make book" >&2; exit 1; }

@@ -249,6 +249,19 @@ def list_domains() -> None:
     typer.echo("\n".join(domain_names()))
 
 
+@app.command()
+def study(
+    table: Annotated[
+        str, typer.Argument(help="gaussianity, separability, geometry or differences")
+    ],
+    again: Annotated[bool, typer.Option("--again", help="measure every model anew")] = False,
+) -> None:
+    """Measure every model on every domain, and write the table that chapters 09 to 11 draw."""
+    from ood_lib.study import write_table
+
+    typer.echo(f"wrote {write_table(table, again=again)}")
+
+
 @chapter_app.command("run")
 def run_chapter(
     slug: Annotated[str, typer.Argument(help="name of a notebook without its ending")],
