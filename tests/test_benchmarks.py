@@ -13,11 +13,14 @@ import torch
 from conftest import ROOT
 
 from ood_lib.inversion import generate, invert
+from ood_lib.models import model_names, zero_model
 from ood_lib.schedule import paper_grid, uniform_log_sigma
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import converged
 import loops
+import reconstruction
 import report
 import throughput
 from contenders import DEFAULT, OURS, PLAIN_OURS
@@ -221,3 +224,36 @@ def test_a_quick_run_writes_json_and_figure(tiny_folder, tmp_path):
     assert bool(made["settings"]["missing"]) == (loops.azula_version() is None)
     assert (tmp_path / "inversion.png").stat().st_size > 10_000
     assert "Time to a latent error" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------ the tables
+
+
+@pytest.mark.parametrize("calls", reconstruction.CALLS)
+def test_each_solver_takes_the_calls_that_it_is_given(tiny, calls):
+    blank = torch.zeros(1, *tiny.sample_shape)
+    for options in reconstruction.settings(tiny, calls).values():
+        assert invert(zero_model(tiny), blank, **options).nfe == calls
+
+
+def test_the_zero_network_errs_on_neither_axis(tiny, pictures):
+    found = pd.DataFrame(reconstruction.lines(zero_model(tiny), {"a": pictures}, "level0"))
+    assert len(found) == 4 * len(reconstruction.CALLS)
+    assert found.latent_error.max() < 1e-9
+    assert found.round_trip.max() < 1e-9
+
+
+def test_the_table_of_chapter_08_holds_every_axis():
+    table = pd.read_csv(reconstruction.TABLE)
+    sizes = table.groupby(reconstruction.KEYS).size()
+    assert set(sizes) == {4 * len(reconstruction.CALLS) * len(reconstruction.UNSEEN)}
+    assert len(sizes) == 5 * len(reconstruction.STARTS)
+
+
+def test_the_default_was_measured_on_four_unseen_sets_of_every_model():
+    table = pd.read_csv(converged.TABLE)
+    default = table[table.setting == "default"]
+    assert set(default.model) == set(model_names())
+    assert (default.calls <= 24).all()
+    own = default.model.str.split("-").str[1]
+    assert (default[default.domain != own].groupby("model").domain.nunique() >= 4).all()
