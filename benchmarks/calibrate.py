@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/calibrate.py                  # what `make calibrate` runs
     .venv/bin/python benchmarks/calibrate.py --repeats 100 --sizes 100x3072 --out runs/calibration.csv
 
-Tables that are in ``data/nulls`` are kept (``--fresh`` makes them anew); rows of the output that have
-enough repeats are kept, so a run that was stopped goes on. Size: the share of true Gaussian samples that
+Tables that are in ``data/nulls`` are kept (``--fresh`` makes them anew); laws and sizes that the output
+has are kept, so a run that was stopped goes on. Size: the share of true Gaussian samples that
 a test rejects at 5 %, for each covariance that lies in its family. Power: the share of samples of an
 alternative whose Holm-combined p-value rejects the family.
 

@@ -72,7 +72,7 @@ def test_every_picture_and_page_that_is_linked_exists(html, name):
 
 @each_page
 def test_no_page_shows_an_error_or_a_raw_value(html, name):
-    text = read(html, name).get_text()
+    text = read(html, name).get_text().replace("torch.tensor(", "")  # that is code, not output
     for absent in ("Traceback (most recent call last)", "np.float64(", "np.int64(", "tensor("):
         assert absent not in text
     assert "injected-parameters" not in str(read(html, name))
