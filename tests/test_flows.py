@@ -23,10 +23,11 @@ FIRST, LAST = 0.01, 157.4
 
 
 def mixture(centres, deviation, weights=None):
-    means = torch.tensor(centres).double()
+    means = torch.tensor(centres, dtype=torch.float64)
     k = len(means)
-    w = torch.full((k,), 1 / k) if weights is None else torch.tensor(weights)
-    return MixtureLaw(means, torch.full((k,), deviation**2).double(), w.double())
+    shares = [1 / k] * k if weights is None else weights
+    variances = torch.full((k,), deviation**2, dtype=torch.float64)
+    return MixtureLaw(means, variances, torch.tensor(shares, dtype=torch.float64))
 
 
 def source(seed=0):
