@@ -182,10 +182,11 @@ def product_law(factors: Sequence[MixtureLaw]) -> MixtureLaw:
             f"the factors have {[law.dim for law in factors]} coordinates and variances "
             f"{variances.unique().tolist()}; use laws of one coordinate that share one variance"
         )
-    means = torch.tensor(list(product(*(law.means[:, 0].tolist() for law in factors))))
-    weights = torch.tensor(list(product(*(law.weights.tolist() for law in factors))))
-    means, weights = means.double(), weights.double().prod(1)
-    return MixtureLaw(means, variances[:1].expand(len(means)), weights)
+    means, weights = (
+        torch.from_numpy(np.array(list(product(*(numbers.double().numpy() for numbers in each)))))
+        for each in ([law.means[:, 0] for law in factors], [law.weights for law in factors])
+    )
+    return MixtureLaw(means, variances[:1].expand(len(means)), weights.prod(1))
 
 
 # ------------------------------------------------------------------------------------------- flows
