@@ -507,8 +507,8 @@ def separability_table(model: FrozenModel, *, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row for each score; "centres" has the bias-corrected distance in units of the standard
-        deviation, with d^(1/4) in `bar`; "train" stands for the model's own training images.
+        A row for each score; "centres" has the bias-corrected distance, with the paper's bar sigma
+        d^(1/4) in `bar`; "train" stands for the model's own training images.
 
     Examples
     --------
