@@ -43,7 +43,7 @@ TABLES = (
 )
 LEVEL, BAND = 0.05, 0.999
 SPIKES = 60
-ALTERNATIVE = (256, 3072)
+POWER = ((256, 3072), (100, 3072), (50, 3072))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ ALTERNATIVES: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
 
 
 def cells(sizes: list[str]) -> list[Cell]:
-    """All cells: covariances at the given sizes, alternatives at one size."""
+    """All cells: covariances at the given sizes, alternatives at three."""
     found = []
     for n, d in (map(int, x.split("x")) for x in sizes):
         if d > 10_000:  # a subset: what comes from the Gram matrix and the image plane
@@ -153,7 +153,9 @@ def cells(sizes: list[str]) -> list[Cell]:
         found.append(Cell("size", "isotropic", n, d, FAMILIES))
         found.append(Cell("size", "1/k along the coordinates", n, d, ("F2", "F3")))
         found += [Cell("size", name, n, d, ("F3",)) for name in ("1/k", "60 spikes", "latents")]
-    return found + [Cell("power", x, *ALTERNATIVE, of[1]) for x, of in ALTERNATIVES.items()]
+    return found + [
+        Cell("power", x, *size, of[1]) for size in POWER for x, of in ALTERNATIVES.items()
+    ]
 
 
 def _one_size(cell: Cell, repeat: int) -> dict[str, object]:
