@@ -1,20 +1,38 @@
-"""Metrics against formulas written out again, and intervals against their promised coverage."""
+"""Metrics against formulas and other packages, and intervals against their promised coverage."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from prdc import compute_prdc
+from scipy.spatial.distance import pdist
+from scipy.stats import t
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ood_lib.metrics import (
     PRDC,
+    Interval,
     PixelSpace,
+    c2st,
+    diversity,
+    fid,
     jackknife,
     kid,
     median_interval,
+    nearest_ratio,
     novelty,
     prdc,
+    prdc_intervals,
     psnr,
     ratio_of_shares,
+    sample_quality,
 )
 
 
@@ -31,10 +49,12 @@ def unbiased_mmd(x, y):
     return own - 2 * kernel(x, y).sum() / (n * m)
 
 
-@pytest.mark.parametrize(("n", "f", "shift"), [(2, 1, 0.0), (20, 3, 1.0), (64, 30, 0.2)])
-def test_kid_is_the_unbiased_mmd(n, f, shift):
+@pytest.mark.parametrize(
+    ("n", "m", "f", "shift"), [(2, 2, 1, 0.0), (20, 35, 3, 1.0), (64, 30, 30, 0.2)]
+)
+def test_kid_is_the_unbiased_mmd(n, m, f, shift):
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, f)), rng.normal(size=(n, f)) + shift
+    x, y = rng.normal(size=(n, f)), rng.normal(size=(m, f)) + shift
     assert kid(x, y) == pytest.approx(unbiased_mmd(x, y), rel=1e-9, abs=1e-12)
 
 
@@ -47,11 +67,62 @@ def test_kid_is_unbiased_for_equal_laws_and_grows_with_a_shift():
     assert 0.05 < kid(x, y + 0.5) < kid(x, y + 1)
 
 
-def test_kid_against_a_larger_reference_is_the_mean_over_its_blocks():
+class Given(nn.Module):
+    """Takes features for images, as torchmetrics asks for a module."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features):
+        return features
+
+
+def by_torchmetrics(metric, x, y):
+    metric.update(torch.from_numpy(y), real=True)
+    metric.update(torch.from_numpy(x), real=False)
+    return metric.compute()
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save:UserWarning")
+@pytest.mark.parametrize(("n", "f", "shift"), [(40, 7, 0.0), (96, 64, 0.3)])
+def test_kid_is_that_of_torchmetrics_with_one_subset_of_all(n, f, shift):
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(10, 4)), rng.normal(size=(35, 4)) + 0.3
-    blocks = [unbiased_mmd(x, y[i : i + 10]) for i in (0, 10, 20)]
-    assert kid(x, y) == pytest.approx(np.mean(blocks))
+    x, y = rng.normal(size=(n, f)), rng.normal(size=(n, f)) + shift
+    metric = KernelInceptionDistance(feature=Given(f), subsets=1, subset_size=n)
+    assert kid(x, y) == pytest.approx(float(by_torchmetrics(metric, x, y)[0]), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "f", "shift"), [(60, 60, 5, 0.0), (80, 50, 20, 0.4), (30, 40, 96, 1.0)]
+)
+def test_fid_is_that_of_torchmetrics(n, m, f, shift):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, f)), 1.5 * rng.normal(size=(m, f)) + shift
+    metric = FrechetInceptionDistance(feature=Given(f)).set_dtype(torch.float64)
+    # roots of eigenvalues that rounding leaves where f > n keep half the digits of theirs
+    assert fid(x, y) == pytest.approx(float(by_torchmetrics(metric, x, y)), rel=1e-6)
+
+
+def test_fid_of_a_shift_and_of_a_scale_in_closed_form():
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    scatter = x.var(axis=0, ddof=1).sum()
+    shift = np.array([3.0, 0, 4, 0])
+    assert fid(x, x) == pytest.approx(0, abs=1e-9)
+    assert fid(x + shift, x) == pytest.approx(25)
+    wide = x.mean(axis=0) + 3 * (x - x.mean(axis=0))
+    assert fid(wide, x) == pytest.approx((3 - 1) ** 2 * scatter)
+
+
+@pytest.mark.parametrize("measure", [kid, fid, diversity, c2st, prdc_intervals])
+def test_features_that_cannot_be_compared_are_refused(measure):
+    x = np.random.default_rng(0).normal(size=(30, 3))
+    with pytest.raises(ValueError, match="as many features"):
+        measure(x, x[:, :2])
+    with pytest.raises(ValueError, match="at least 2 images"):
+        measure(x[:1], x)
+    with pytest.raises(ValueError, match="NaN"):
+        measure(x, np.where(x > 2, np.nan, x) if (x > 2).any() else x * np.inf)
 
 
 @pytest.mark.parametrize("sizes", [(1, 50), (50, 1), (0, 0)])
@@ -176,8 +247,6 @@ def test_jackknife_of_a_mean_is_the_standard_error_of_group_means(groups):
     x = np.random.default_rng(0).normal(size=40)
     found = jackknife(lambda rows: x[rows].mean(), 40, groups=groups)
     means = x.reshape(-1, groups).mean(axis=0)  # groups of equal size, every groups-th row
-    from scipy.stats import t
-
     half = t.ppf(0.975, groups - 1) * means.std(ddof=1) / np.sqrt(groups)
     np.testing.assert_allclose(found, [x.mean(), x.mean() - half, x.mean() + half])
 
@@ -196,9 +265,149 @@ def test_jackknife_of_kid_covers_where_two_laws_differ():
     assert np.mean(hits) > 0.88
 
 
+def coverage(draw_interval, repeats, truth=None):
+    """Share of intervals that cover the truth: the mean of the statistic unless it is known."""
+    found = np.array([draw_interval() for _ in range(repeats)])
+    truth = found[:, 0].mean() if truth is None else truth
+    return np.mean((found[:, 1] <= truth) & (truth <= found[:, 2]))
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.5, 0.7)])
+@pytest.mark.parametrize("statistic", [kid, fid, diversity])
+def test_jackknife_of_two_sets_of_unequal_size_covers(statistic, shift, scale):
+    rng, spread = np.random.default_rng(0), 1 / np.sqrt(1 + np.arange(8))
+
+    def draw():
+        x = (scale * rng.normal(size=(48, 8)) + shift) * spread
+        y = rng.normal(size=(80, 8)) * spread
+        return jackknife(lambda a, b: statistic(x[a], y[b]), 48, 80)
+
+    assert coverage(draw, 200) > 0.9
+
+
+def test_jackknife_of_two_sets_joins_the_variances_of_both():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=800), 3 * rng.normal(size=400)
+    found = jackknife(lambda a, b: x[a].mean() - y[b].mean(), 800, 400, groups=400)
+    error = np.sqrt(x.var() / 800 + y.var() / 400)
+    assert found.value == pytest.approx(x.mean() - y.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(t.ppf(0.975, 399) * error, rel=0.1)
+
+
 def test_jackknife_refuses_fewer_rows_than_groups():
     with pytest.raises(ValueError, match="7 rows"):
         jackknife(len, 7)
+    with pytest.raises(ValueError, match="5 rows"):
+        jackknife(lambda a, b: len(a) + len(b), 70, 5)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.5, 0.7), (6.0, 1.0)])
+def test_prdc_intervals_cover(shift, scale):
+    rng = np.random.default_rng(0)
+    found = [
+        prdc_intervals(scale * rng.normal(size=(50, 6)) + shift, rng.normal(size=(50, 6)))
+        for _ in range(150)
+    ]
+    for name in ("precision", "recall", "density", "coverage"):
+        drawn = iter([each[name] for each in found])
+        assert coverage(lambda drawn=drawn: next(drawn), 150) > 0.9, name
+
+
+def test_prdc_intervals_hold_the_values_and_do_not_shrink_to_nothing():
+    x = np.random.default_rng(0).normal(size=(40, 4))
+    found = prdc_intervals(x, x)
+    assert {name: i.value for name, i in found.items()} == vars(prdc(x, x))
+    for name in ("precision", "recall", "coverage"):
+        assert found[name].low < 0.95 < 1 == found[name].high, name
+    far = prdc_intervals(x + 100, x)
+    assert far["coverage"].low == 0 < 0.05 < far["coverage"].high
+
+
+def test_c2st_is_the_cross_validated_accuracy_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(43, 5)) + 0.5, rng.normal(size=(43, 5))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    fold = PredefinedSplit(np.tile(np.arange(43) % 10, 2))
+    rows, labels = np.concatenate([x, y]), np.repeat([1, 0], 43)
+    scores = cross_val_score(model, rows, labels, cv=fold)
+    found = c2st(x, np.concatenate([y, y[:9]]))  # cut to equal numbers
+    assert found.value == pytest.approx(scores.mean())
+    half = t.ppf(0.975, 9) * scores.std(ddof=1) * np.sqrt(1 / 10 + 1 / 9)
+    assert found.high - found.value >= half - 1e-12 or found.high == 1
+    assert found.value - found.low >= half - 1e-12
+
+
+@pytest.mark.parametrize("f", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_c2st_of_equal_laws_is_chance_and_its_interval_covers(f):
+    """The Wilson interval of the same hits covers 0.82 to 0.90."""
+    rng = np.random.default_rng(0)
+    found = [c2st(rng.normal(size=(40, f)), rng.normal(size=(40, f))) for _ in range(100)]
+    values = np.array([i.value for i in found])
+    assert abs(values.mean() - 0.5) < 4 * values.std() / np.sqrt(len(values))
+    assert np.mean([i.low <= 0.5 <= i.high for i in found]) >= 0.9
+
+
+@pytest.mark.slow
+def test_c2st_covers_where_laws_differ():
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return c2st(rng.normal(size=(40, 4)) + 0.5, rng.normal(size=(40, 4)))
+
+    assert coverage(draw, 80) >= 0.9
+
+
+def test_c2st_is_one_where_laws_are_apart_and_refuses_folds_that_cannot_be():
+    rng = np.random.default_rng(0)
+    apart = c2st(rng.normal(size=(40, 4)) + 9, rng.normal(size=(40, 4)))
+    assert apart.value == apart.high == 1
+    assert 0.9 < apart.low < 1
+    for folds in (1, 41):
+        with pytest.raises(ValueError, match=f"{folds} folds"):
+            c2st(np.eye(40), np.eye(40), folds=folds)
+
+
+def test_diversity_is_the_ratio_of_mean_distances_of_unit_vectors():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)) + 1, rng.normal(size=(30, 6))
+    made, real = (pdist(z / np.linalg.norm(z, axis=1, keepdims=True)).mean() for z in (x, y))
+    assert diversity(x, y) == pytest.approx(made / real)
+    assert diversity(7 * x, x) == pytest.approx(1)
+    with pytest.raises(ValueError, match="copies of one"):
+        diversity(x, y[:1].repeat(5, axis=0))
+
+
+def test_nearest_ratio_is_zero_for_replay_and_about_one_for_the_held_out_law():
+    rng = np.random.default_rng(0)
+    fit, heldout, fresh = (rng.normal(size=(150, 8)) for _ in range(3))
+    assert nearest_ratio(fit[:9], fit, heldout).shape == (9,)
+    np.testing.assert_allclose(nearest_ratio(fit, fit, heldout), 0, atol=1e-6)
+    assert np.median(nearest_ratio(heldout, fit, heldout)) == pytest.approx(1)
+    assert np.median(nearest_ratio(fresh, fit, heldout)) == pytest.approx(1, abs=0.1)
+    assert np.median(nearest_ratio(3 * fresh, fit, heldout)) > 1.5
+    np.testing.assert_allclose(
+        nearest_ratio(50 * fresh, 50 * fit, 50 * heldout), nearest_ratio(fresh, fit, heldout)
+    )
+
+
+def test_nearest_ratio_refuses_held_out_copies_and_empty_sets():
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    with pytest.raises(ValueError, match="copies of fitted"):
+        nearest_ratio(x, x, x[::-1])
+    with pytest.raises(ValueError, match="20 generated, 0 fitted"):
+        nearest_ratio(x, x[:0], x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_interval_of_the_median_ratio_covers(scale):
+    rng = np.random.default_rng(0)
+    fit = rng.normal(size=(80, 6))
+
+    def draw():
+        x, y = scale * rng.normal(size=(48, 6)), rng.normal(size=(80, 6))
+        return jackknife(lambda a, b: np.median(nearest_ratio(x[a], fit, y[b])), 48, 80)
+
+    assert coverage(draw, 200) > 0.9
 
 
 def test_median_interval_covers_the_median_of_a_skewed_law():
@@ -222,3 +431,117 @@ def test_novelty_is_zero_for_copies_and_one_for_held_out():
     assert novelty(fresh, fit, heldout) == pytest.approx(1, abs=0.05)
     near = fit + 0.01 * torch.randn(fit.shape, generator=generator)
     assert 0 < novelty(near, fit, heldout) < 0.1
+
+
+class Judge:
+    """Calls an image "bright" or "dark" by its mean, and "none" where it is far from both."""
+
+    classes = ("bright", "dark", "none")
+
+    def is_domain(self, images, domain):
+        mean = images.mean((1, 2, 3)).numpy()
+        found = np.where(mean > 0.2, 0, np.where(mean < -0.2, 1, 2))
+        return found == self.classes.index(domain)
+
+    def share(self, images, domain):
+        return ratio_of_shares(self.is_domain(images, domain))
+
+
+def flat(images):
+    return images.flatten(1).numpy()
+
+
+@pytest.fixture(scope="module")
+def bright():
+    """Images of one law: fitted, held out, fresh; squares of random brightness on faint noise."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        level = 0.4 + 0.2 * torch.rand(n, 1, 2, 2, generator=rng)
+        fine = 0.05 * torch.randn(n, 1, 8, 8, generator=rng)
+        return level.repeat_interleave(4, 2).repeat_interleave(4, 3) + fine
+
+    return {"fit": draw(60), "heldout": draw(80), "fresh": draw(70)}
+
+
+def measured(images, bright, **changes):
+    given = {"fit": bright["fit"], "heldout": bright["heldout"], "features": flat}
+    return sample_quality(
+        images, **{**given, "classifier": Judge(), "domain": "bright", "neighbours": 3, **changes}
+    )
+
+
+def test_quality_of_the_true_law_is_that_of_held_out_images(bright):
+    found = measured(bright["fresh"], bright)
+    assert (found.domain, found.n, found.n_fit, found.n_heldout, found.n_equal) == (
+        *("bright", 70, 60, 80),
+        40,
+    )
+    assert found.kid.low < 0 < found.kid.high
+    assert found.c2st.low < 0.5 < found.c2st.high
+    for one in (found.novelty, found.diversity, found.share_ratio):
+        assert one.low < 1 <= one.high
+        assert one.value == pytest.approx(1, abs=0.1)
+    assert found.nearest_ratio.shape == (70,)
+    assert found.novelty.value == pytest.approx(np.median(found.nearest_ratio))
+    assert found.fid.low < found.fid_floor.value < found.fid.high
+    for name, interval in found.prdc.items():
+        assert interval.low <= found.prdc_floor[name].value <= interval.high, name
+    assert found.share.value == found.share_floor.value == 1
+    assert found.share_none.value == 0
+
+
+def test_quality_flags_replay_noise_repeats_and_the_wrong_domain(bright):
+    replay = measured(bright["fit"], bright)
+    assert replay.novelty.high < 0.01
+    assert replay.c2st.low < 0.5 < replay.c2st.high  # copies of good images are good images
+    noise = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = measured(noise, bright)
+    assert found.share_none.value > 0.9
+    assert found.share_ratio.high < 0.3
+    assert found.c2st.low > 0.9
+    assert found.kid.low > found.kid_floor.high
+    assert found.fid.low > found.fid_floor.high
+    assert found.prdc["coverage"].high < found.prdc_floor["coverage"].low
+    one = measured(bright["fresh"][:1].repeat(60, 1, 1, 1), bright)
+    assert one.diversity.high < 0.01
+    assert one.prdc["coverage"].high < 0.5
+    dark = measured(-bright["fresh"], bright)
+    assert dark.share.value == 0
+    assert dark.novelty.low > 1.5
+
+
+def test_kid_counts_at_least_what_real_images_get(bright):
+    found = measured(bright["heldout"].clone(), bright)  # nearer to the held-out ones than real
+    assert found.kid.value < found.kid_floor.value
+    assert found.kid_floored == Interval(*np.maximum(found.kid, found.kid_floor).tolist())
+    x, h, f = (flat(bright[name]) for name in ("fresh", "heldout", "fit"))
+    fresh = measured(bright["fresh"], bright)
+    assert fresh.kid.value == pytest.approx(kid(x, h))
+    assert fresh.kid_floor.value == pytest.approx(kid(f, h))
+    assert fresh.fid.value == pytest.approx(fid(x[:40], h[::2]))
+    assert fresh.fid_floor.value == pytest.approx(fid(h[1::2], h[::2]))
+
+
+def test_quality_becomes_json_and_comes_back(bright):
+    found = measured(bright["fresh"], bright)
+    read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert read["n"] == 70
+    assert Interval(**read["kid"]) == found.kid
+    assert Interval(**read["prdc"]["density"]) == found.prdc["density"]
+    assert read["nearest_ratio"] == found.nearest_ratio.tolist()
+    assert measured(bright["fresh"], bright).as_dict() == found.as_dict()  # nothing is drawn
+
+
+def test_quality_refuses_mixed_up_and_small_sets(bright):
+    fresh, heldout = bright["fresh"], bright["heldout"]
+    with pytest.raises(ValueError, match="2 held-out images are among the fitted"):
+        measured(fresh, bright, fit=torch.cat([bright["fit"], heldout[:2]]))
+    with pytest.raises(ValueError, match="generated has shape"):
+        measured(fresh[:9], bright)
+    with pytest.raises(ValueError, match="heldout has shape"):
+        measured(fresh, bright, heldout=heldout[:20])
+    with pytest.raises(ValueError, match="fit has shape"):
+        measured(fresh, bright, fit=bright["fit"].repeat(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="no hit"):
+        measured(fresh, bright, domain="dark")
