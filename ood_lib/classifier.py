@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.ndimage import gaussian_filter
 from torch import nn
 from tqdm.auto import trange
 
@@ -30,16 +31,20 @@ from ood_lib.priors import FullGaussian
 __all__ = [
     "KINDS",
     "NONE",
+    "UNSEEN",
     "DomainClassifier",
     "held_out_confusion",
     "load_classifier",
     "none_images",
+    "recall_of_none",
     "train_classifier",
+    "unseen_garbage",
 ]
 
 SIDE = 32
 NONE = "none"
 KINDS = ("gaussian", "phase", "white", "smooth", "overlay")
+UNSEEN = ("rows", "pepper", "gratings", "flat", "woven", "warped")  # never trained on
 UPRIGHT = ("digits",)  # a mirrored digit is no digit
 WIDTHS = (24, 48, 80, 96, 96)
 EACH = 8  # images a domain in a batch
@@ -160,9 +165,14 @@ def _overlays(domains: list[np.ndarray], each: int, rng: np.random.Generator) ->
     """Blends of an image of each domain with one of another domain."""
     first = np.repeat(np.arange(len(domains)), each)
     second = (first + rng.integers(1, len(domains), len(first))) % len(domains)
-    a, b = (np.stack([rng.choice(domains[d]) for d in which]) for which in (first, second))
+    a, b = _draw(domains, first, rng), _draw(domains, second, rng)
     weight = rng.uniform(0.35, 0.65, (len(first), 1, 1, 1))
     return weight * a + (1 - weight) * b
+
+
+def _draw(domains: list[np.ndarray], which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw an image of each domain that is named."""
+    return np.stack([rng.choice(domains[d]) for d in which])
 
 
 def none_images(
@@ -200,6 +210,111 @@ def none_images(
         "overlay": _overlays(arrays, each, rng),
     }
     return {kind: torch.from_numpy(x).float().clamp(-1, 1) for kind, x in made.items()}
+
+
+def _rolled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shift every row of pixels round by a random number."""
+    columns = rng.integers(0, SIDE, (len(images), 1, SIDE, 1)) + np.arange(SIDE)
+    return np.take_along_axis(images, np.broadcast_to(columns % SIDE, images.shape), axis=3)
+
+
+def _gratings(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Grey waves of one direction and a period of 4 to 16 pixels."""
+    angle, period, start = rng.uniform([0, 4, 0], [np.pi, 16, 2 * np.pi], (n, 3)).T[..., None, None]
+    row, column = np.mgrid[:SIDE, :SIDE]
+    wave = np.sin(2 * np.pi * (row * np.sin(angle) + column * np.cos(angle)) / period + start)
+    return (0.8 * wave)[:, None].repeat(3, axis=1)
+
+
+def _warped(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Move every pixel by about 6 pixels, neighbours alike; what comes in is reflected."""
+    field = gaussian_filter(rng.standard_normal((2, len(images), SIDE, SIDE)), (0, 0, 2, 2))
+    moved = np.mgrid[:SIDE, :SIDE][:, None] + 6 * field / field.std()
+    row, column = np.abs((np.rint(moved).astype(int) + SIDE - 1) % (2 * SIDE - 2) - SIDE + 1)
+    return images[np.arange(len(images))[:, None, None], :, row, column].transpose(0, 3, 1, 2)
+
+
+def unseen_garbage(
+    domains: dict[str, torch.Tensor], *, each: int, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Garbage of kinds that no classifier here is trained on, to judge the class "none" by.
+
+    Parameters
+    ----------
+    domains : dict of str to Tensor of shape (N, 3, 32, 32)
+        Images of two domains or more, in [-1, 1].
+    each : int
+        Images a domain and kind.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    dict of str to Tensor of shape (each * number of domains, 3, 32, 32)
+        By kind: "rows", images with each row shifted at random; "pepper", 40 % of the pixels turned
+        black or white; "gratings", waves; "flat", one colour; "woven", strips of two images of
+        different domains in turn; "warped", strongly and smoothly. In the order of the domains.
+
+    Examples
+    --------
+    >>> two = {name: torch.rand(9, 3, 32, 32) for name in ("a", "b")}
+    >>> unseen_garbage(two, each=3, rng=np.random.default_rng(0))["rows"].shape
+    torch.Size([6, 3, 32, 32])
+    """
+    arrays = [images.numpy() for images in domains.values()]
+    which = np.repeat(np.arange(len(arrays)), each)
+    n, other = len(which), (which + rng.integers(1, len(arrays), len(which))) % len(arrays)
+    lost = rng.random((n, 1, SIDE, SIDE)) < 0.4
+    strips = np.arange(SIDE) // 4 % 2 == 0
+    made = {
+        "rows": _rolled(_draw(arrays, which, rng), rng),
+        "pepper": np.where(lost, rng.choice([-1, 1], lost.shape), _draw(arrays, which, rng)),
+        "gratings": _gratings(n, rng),
+        "flat": np.broadcast_to(rng.uniform(-1, 1, (n, 3, 1, 1)), (n, 3, SIDE, SIDE)).copy(),
+        "woven": np.where(strips, _draw(arrays, which, rng), _draw(arrays, other, rng)),
+        "warped": _warped(_draw(arrays, which, rng), rng),
+    }
+    return {kind: torch.from_numpy(x).float().clamp(-1, 1) for kind, x in made.items()}
+
+
+def recall_of_none(
+    classifier: DomainClassifier, *, channels: int, each: int = HELD_OUT_EACH, seed: int = 0
+) -> dict[str, Interval]:
+    """Share of garbage of each unseen kind that is called none.
+
+    Parameters
+    ----------
+    classifier : DomainClassifier
+        Judged on garbage made from held-out images of every domain that it knows.
+    channels : {1, 3}
+        Grey or colour.
+    each : int, default 40
+        Images a domain and kind.
+    seed : int, default 0
+        Source of the garbage; the same images for either number of channels.
+
+    Returns
+    -------
+    dict of str to Interval
+        A share for each kind of `unseen_garbage`, with its Wilson interval.
+
+    Raises
+    ------
+    ValueError
+        If there are neither 1 nor 3 channels.
+
+    Examples
+    --------
+    >>> untrained = DomainClassifier(_network(3).eval(), ("faces", "galaxies", "none"))
+    >>> tuple(recall_of_none(untrained, channels=1, each=2)) == UNSEEN
+    True
+    """
+    held_out = {name: _read(name, "heldout") for name in classifier.classes[:-1]}
+    garbage = unseen_garbage(held_out, each=each, rng=np.random.default_rng((seed, 2)))
+    return {
+        kind: classifier.share(to_channels(images, channels), NONE)
+        for kind, images in garbage.items()
+    }
 
 
 def _shifted(images: torch.Tensor, reach: int, rng: torch.Generator) -> torch.Tensor:

@@ -11,10 +11,13 @@ from ood_lib import classifier as module
 from ood_lib.classifier import (
     KINDS,
     NONE,
+    UNSEEN,
     held_out_confusion,
     load_classifier,
     none_images,
+    recall_of_none,
     train_classifier,
+    unseen_garbage,
 )
 from ood_lib.domains import domain_names, load_images, to_channels
 
@@ -244,3 +247,67 @@ def test_half_a_classifier_is_refused(root, tmp_path):
     (tmp_path / "classifier.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no whole classifier"):
         load_classifier(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unseen(domains):
+    return unseen_garbage(domains, each=30, rng=np.random.default_rng(0))
+
+
+def test_unseen_garbage_is_of_other_kinds_than_the_training(domains, unseen):
+    assert tuple(unseen) == UNSEEN
+    assert not set(UNSEEN) & set(KINDS)
+    assert {x.shape for x in unseen.values()} == {(60, 3, 32, 32)}
+    assert all(-1 <= x.min() < x.max() <= 1 for x in unseen.values())
+    again = unseen_garbage(domains, each=30, rng=np.random.default_rng(0))
+    assert all(torch.equal(unseen[kind], again[kind]) for kind in UNSEEN)
+
+
+def test_unseen_garbage_is_what_its_name_says(domains, unseen):
+    for kind in ("rows", "warped"):  # pixels of one domain each, in the order of the domains
+        np.testing.assert_allclose(unseen[kind][:30].mean(), -0.4, atol=0.02)
+        np.testing.assert_allclose(unseen[kind][30:].mean(), 0.4, atol=0.02)
+    lost = (unseen["pepper"].abs() == 1).all(1).float().mean().item()
+    assert lost == pytest.approx(0.4, abs=0.01)
+    assert unseen["flat"].std((2, 3)).max() < 1e-6
+    assert unseen["gratings"].std(1).max() < 1e-6
+    power = (
+        np.abs(np.fft.fft2(unseen["gratings"][:, 0].numpy() * np.outer(*[np.hanning(32)] * 2))) ** 2
+    )
+    peak = np.sort(power.reshape(60, -1), axis=1)[:, -20:].sum(1) / power.sum((1, 2))
+    assert np.median(peak) > 0.9  # one wave
+    strips = unseen["woven"].mean(1).unflatten(2, (8, 4)).mean((1, 3))
+    for first, sign in ((0, -1), (1, 1)):
+        assert (sign * strips[:30, first::2]).min() > 0.3
+
+
+def test_rolled_rows_keep_their_pixels_and_lose_their_order():
+    images = load_images("digits", n=20).repeat(1, 3, 1, 1).numpy()
+    made = module._rolled(images, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(made, axis=3), np.sort(images, axis=3))
+    np.testing.assert_array_equal(made[:, 0], made[:, 2])
+    assert np.abs(made - images).max() == pytest.approx(2, abs=0.1)
+
+
+def test_warps_take_neighbours_along_and_reflect_at_the_border():
+    ramp = np.broadcast_to(np.arange(32.0), (40, 3, 32, 32))
+    made = module._warped(ramp, np.random.default_rng(0))
+    assert set(np.unique(made)) <= set(range(32))
+    inner = made[:, :, 12:20, 12:20] - ramp[:, :, 12:20, 12:20]
+    assert 4 < inner.std() < 8
+    assert np.median(np.abs(np.diff(made, axis=2))) <= 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_recall_of_none_counts_what_the_classifier_calls_none(committed, channels):
+    found = recall_of_none(committed, channels=channels, each=5, seed=3)
+    real = {name: module._read(name, "heldout") for name in domain_names()}
+    garbage = unseen_garbage(real, each=5, rng=np.random.default_rng((3, 2)))
+    assert tuple(found) == UNSEEN
+    for kind, images in garbage.items():
+        called = committed.probabilities(to_channels(images, channels)).argmax(1)
+        none = committed.classes.index(NONE)
+        assert found[kind].value == pytest.approx((called == none).mean()), kind
+        assert found[kind].low <= found[kind].value <= found[kind].high
+    with pytest.raises(ValueError, match="channels"):
+        recall_of_none(committed, channels=2, each=1)
