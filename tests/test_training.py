@@ -10,10 +10,13 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from ood_lib import training
-from ood_lib.models import load_model, model_names
+from ood_lib.models import load_model, model_names, zero_model
 from ood_lib.training import (
+    DEFECTS,
     Recipe,
     fast_precision,
+    fine_tune,
+    forgetting,
     learning_rate,
     train,
     training_batch,
@@ -377,3 +380,205 @@ def test_every_weight_learns(family, precision):
         run.advance()
     still = [k for k, weight in run.net.named_parameters() if torch.equal(weight, before[k])]
     assert not still
+
+
+# fine-tuning
+
+REFERENCES = torch.from_numpy(PIXELS.transpose(0, 3, 1, 2)).float() / 127.5 - 1
+WAYS = ("all", "last", "lora")
+ways = pytest.mark.parametrize("parameters", WAYS)
+
+
+def tuned(model, seed=0, images=REFERENCES, **options):
+    options = {"steps": 3, "batch_size": 4} | options
+    return fine_tune(model, images, rng=np.random.default_rng(seed), **options)
+
+
+def moved(model, made):
+    """Names of the weights that differ."""
+    after = made.model.network.state_dict()
+    before = model.network.state_dict()
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@ways
+def test_without_an_optimiser_step_no_weight_changes(tiny, parameters):
+    """The released code until 2024-07-20; a low-rank update of zero is no update either."""
+    made = tuned(tiny, parameters=parameters, defects=["no_step"])
+    assert not moved(tiny, made)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.model.eps(x, 400), tiny.eps(x, 400), atol=1e-6, rtol=1e-5)
+    assert (made.losses > 0).all()
+
+
+def test_the_original_stays_as_it_is(tiny):
+    before = {name: w.clone() for name, w in tiny.network.state_dict().items()}
+    tuned(tiny, lr=0.1)
+    assert same(before, tiny.network.state_dict())
+    assert not any(w.requires_grad for w in tiny.network.parameters())
+
+
+def test_what_is_trained_is_what_was_asked_for(tiny):
+    layers = {
+        f"{name}.weight"
+        for name, layer in tiny.network.named_modules()
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)
+    }
+    every, last, lora = (moved(tiny, tuned(tiny, parameters=way, lr=0.05)) for way in WAYS)
+    assert last == {"conv_out.weight", "conv_out.bias"}
+    assert lora == layers
+    assert layers | last <= every
+
+
+def test_an_update_of_low_rank_has_that_rank(tiny):
+    made = tuned(tiny, parameters="lora", rank=2, lr=0.05)
+    name = "up_blocks.0.resnets.0.conv1.weight"
+    gap = made.model.network.state_dict()[name] - tiny.network.state_dict()[name]
+    values = torch.linalg.svdvals(gap.flatten(1))
+    assert values[1] > 1e-3 * values[0]
+    assert values[2] < 1e-5 * values[0]
+    shapes = [
+        layer.weight.shape
+        for layer in tiny.network.modules()
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)
+    ]
+    assert made.trained_parameters == sum(2 * (s[0] + s[1:].numel()) for s in shapes)
+
+
+@ways
+def test_the_loss_on_the_references_falls(tiny, parameters):
+    made = tuned(tiny, steps=40, parameters=parameters, lr=1e-2, noise_weight=0.0)
+    assert made.losses[-20:].mean() < 0.8 * made.losses[:5].mean()
+    rng = np.random.default_rng(1)
+    assert forgetting(tiny, made.model, REFERENCES, rng=rng).ratio < 0.8
+    assert made.seconds > 0
+
+
+def test_the_loss_that_takes_the_second_output_teaches_little(tiny):
+    """One prediction cannot match four noises: the best answer is none, with a loss of one."""
+    options = {"steps": 40, "lr": 1e-2, "noise_weight": 0.0}
+    right, wrong = (tuned(tiny, defects=d, **options) for d in ([], ["second_output"]))
+    losses = [
+        forgetting(tiny, made.model, REFERENCES, rng=np.random.default_rng(1)).after.mean()
+        for made in (right, wrong)
+    ]
+    assert losses[0] < 0.8 * losses[1]
+    assert wrong.losses[-20:].mean() > 0.7
+
+
+def test_the_second_output_is_compared_with_every_noise(tiny):
+    """One step from the original: the loss is that of the released formula, written out here."""
+    recipe = replace(TINY, batch_size=4, seed=int(np.random.default_rng(0).integers(2**31)))
+    x0, t, noise = training_batch(PIXELS, recipe, 0, 1000)
+    share = torch.from_numpy(tiny.schedule.alpha_bar[t.numpy()]).float()[:, None, None, None]
+    with torch.no_grad():
+        output = tiny.network(share.sqrt() * x0 + (1 - share).sqrt() * noise, t).sample
+    expected = {
+        (): (noise - output).square().mean(),
+        ("second_output",): (noise - output[1]).square().mean(),
+    }
+    for defects, loss in expected.items():
+        made = tuned(tiny, steps=1, defects=defects, noise_weight=0.0)
+        assert made.losses[0] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@ways
+def test_a_seed_decides_a_tuning(tiny, parameters):
+    first, again, other = (tuned(tiny, seed, parameters=parameters, lr=1e-3) for seed in (0, 0, 1))
+    assert not moved(first.model, again)
+    assert moved(first.model, other)
+    assert first.losses.tolist() == again.losses.tolist()
+
+
+def test_tuning_leaves_the_global_generator_alone(tiny):
+    before = torch.get_rng_state()
+    tuned(tiny, parameters="lora")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_training_is_counted_in_calls_of_the_network(fashion):
+    """Forward, activations and weights cost one call each; the last layer alone needs the first."""
+    x = torch.zeros(1, 1, 32, 32)
+    every, last, lora = (
+        tuned(fashion, images=x, steps=1, parameters=way).network_calls / 4 for way in WAYS
+    )
+    assert 2.9 < every < 3.0
+    assert 1.0 < last < 1.01
+    assert 2.9 < lora < 3.3
+
+
+def test_a_network_with_learned_variances_is_tuned_on_its_noise(tmp_path, factory):
+    unet = factory.unet(out_channels=2)
+    folder = factory.pipeline(tmp_path / "learned", unet, variance_type="learned_range")
+    model = load_model(str(folder))
+    made = tuned(model, lr=0.01)
+    assert made.model.family == "iddpm"
+    before, after = (m.network.conv_out.weight for m in (model, made.model))
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    with pytest.raises(ValueError, match=r"second_output.*iddpm"):
+        tuned(model, defects=["second_output"])
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_a_network_that_does_not_predict_noise_is_refused(tmp_path, factory, kind):
+    folder = factory.pipeline(tmp_path / "other", factory.unet(), prediction_type=kind)
+    with pytest.raises(ValueError, match="does not predict noise"):
+        tuned(load_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parameters": "first"},
+        {"defects": ["no_data"]},
+        {"steps": 0},
+        {"rank": 0, "parameters": "lora"},
+        {"batch_size": 1, "defects": DEFECTS},
+        {"images": REFERENCES[:0]},
+        {"images": 3 * REFERENCES},
+        {"images": REFERENCES[:, :, :4]},
+        {"images": REFERENCES * torch.nan},
+    ],
+    ids=str,
+)
+def test_a_wrong_tuning_is_named(tiny, wrong):
+    with pytest.raises(ValueError, match=r"first|no_data|0|1"):
+        tuned(tiny, **wrong)
+
+
+def test_a_model_without_a_network_cannot_be_tuned(tiny):
+    with pytest.raises(ValueError, match="no network"):
+        tuned(zero_model(tiny))
+
+
+# forgetting
+
+
+def test_nothing_is_forgotten_by_the_same_model(tiny):
+    made = forgetting(tiny, tiny, REFERENCES, rng=np.random.default_rng(0))
+    assert made.ratio == 1
+    assert made.before.shape == (10, 10)
+    assert (made.timesteps[0], made.timesteps[-1]) == (0, 999)
+
+
+def test_forgetting_of_a_model_that_predicts_nothing_is_the_noise_itself(tiny):
+    """Its loss is the mean square of standard normal numbers, whatever the image and the level."""
+    made = forgetting(
+        tiny, zero_model(tiny), REFERENCES, rng=np.random.default_rng(0), timesteps=[0, 500.5]
+    )
+    assert made.after.shape == (10, 2)
+    assert made.after.mean() == pytest.approx(1, abs=4 * np.sqrt(2 / made.after.size / 64))
+    assert made.ratio == pytest.approx(made.after.mean() / made.before.mean())
+
+
+def test_a_model_tuned_on_other_images_forgets(tiny):
+    own = tuned(tiny, steps=40, lr=1e-2, images=REFERENCES, noise_weight=0.0).model
+    away = tuned(own, steps=40, lr=1e-2, images=-torch.ones(4, 1, 8, 8), noise_weight=0.0).model
+    assert forgetting(own, away, REFERENCES, rng=np.random.default_rng(1)).ratio > 1.1
+
+
+def test_forgetting_needs_images(tiny):
+    with pytest.raises(ValueError, match="held-out"):
+        forgetting(tiny, tiny, REFERENCES[:0], rng=np.random.default_rng(0))
