@@ -215,6 +215,45 @@ def _warnings_as_sentences() -> Iterator[None]:
         yield
 
 
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="zoo name, diffusers folder or hub id")],
+    domain: Annotated[str, typer.Argument(help="shipped domain or image folder, never seen")],
+    out: Annotated[Path, typer.Option(help="folder for images, grid.png and metrics.json")],
+    n: Annotated[int, typer.Option("-n", help="images to draw")] = 64,
+    prior: Annotated[
+        str, typer.Option(help="a prior of ood_lib.priors")
+    ] = "slerp between neighbours",
+    sigma: Annotated[float, typer.Option(help="noise over signal of the latents")] = 0.34,
+    references: Annotated[
+        int | None, typer.Option(help="first so many images that are fitted to; all by default")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="source of the draws")] = 0,
+    batch_size: Annotated[int, typer.Option(help="images in a network call")] = 64,
+) -> None:
+    """Draw new images of a domain that the model never saw, and measure them."""
+    import numpy as np
+
+    from ood_lib import sampling
+    from ood_lib.models import load_model
+
+    frozen, recipe = load_model(model), sampling.Recipe(prior, sigma)
+    with _warnings_as_sentences():
+        known = sampling.references(frozen, domain, sigma=sigma, n=references, progress=True)
+        made = sampling.sample(
+            frozen,
+            known,
+            recipe,
+            n=n,
+            rng=np.random.default_rng(seed),
+            batch_size=batch_size,
+            progress=True,
+        )
+        quality = sampling.quality(made.images, known)
+    sampling.write(out, made, known, {"model": model, "seed": seed} | quality.as_dict())
+    typer.echo(f"{sampling.sentence(quality)}: {out}")
+
+
 @classifier_app.command("train")
 def train_domain_classifier(
     out: Annotated[Path | None, typer.Option(help="data/classifier by default")] = None,

@@ -1,6 +1,7 @@
 """The command `ood`: a wrong word is one sentence and exit status 2, and nothing is left behind."""
 
 import errno
+import json
 import shutil
 import sys
 from inspect import signature
@@ -155,6 +156,29 @@ def test_a_model_is_trained_from_the_command_line(project, ood, tmp_path):
     assert {"model_index.json", "training.json", "README.md", "unet", "scheduler"} <= set(
         files(out)
     )
+
+
+def test_an_unseen_folder_is_sampled_and_measured(project, ood, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for k, pixels in enumerate(rng.integers(0, 255, (150, 16, 16), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k:03d}.png")
+    words = ("sample", "tiny", tmp_path / "pictures", "-n", 16, "--references", 20, "--out")
+    status, out, _ = ood(*words, tmp_path / "out")
+    assert status == 0
+    assert out.startswith("16 images, KID ")
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 16
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [record[x] for x in ("n", "n_fit", "n_heldout", "share")] == [16, 20, 30, None]
+    assert record["kid"]["low"] < record["kid"]["value"]
+
+
+def test_too_few_pictures_to_judge_by_are_one_sentence(project, picture_folder, ood, tmp_path):
+    words = ("sample", "tiny", picture_folder, "-n", 16, "--out", tmp_path / "out")
+    status, _, err = ood(*words)
+    assert status == 2
+    assert err.strip().splitlines()[-1].startswith("ood: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_is_shown(ood):

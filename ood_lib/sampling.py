@@ -1,0 +1,429 @@
+"""New images of a domain that a frozen model never saw, from a few references.
+
+The references are inverted to one noise level, a prior is fitted to their latents, and its draws are
+decoded. `twin` does the same to the pixels, without a model: a sampler is worth its network calls only
+where it beats its twin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ood_lib.backends import write_whole
+from ood_lib.classifier import SIDE, load_classifier
+from ood_lib.domains import domain_names, load_images
+from ood_lib.features import imagenet
+from ood_lib.inversion import generate
+from ood_lib.latents import LatentSpec, get
+from ood_lib.metrics import SampleQuality, sample_quality
+from ood_lib.models import FrozenModel
+from ood_lib.plotting import image_rows
+from ood_lib.priors import make_prior
+
+__all__ = [
+    "Recipe",
+    "ReferenceSet",
+    "Samples",
+    "level_of",
+    "quality",
+    "references",
+    "sample",
+    "sentence",
+    "twin",
+    "write",
+]
+
+HELD_OUT = 5  # of a folder without splits one image in five is kept for judging
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to sample an unseen domain.
+
+    Parameters
+    ----------
+    prior : str, default "slerp between neighbours"
+        A key of `ood_lib.priors.PRIORS`.
+    sigma : float or None, default 0.34
+        Noise level of the latents, noise over signal, sqrt(1 / alpha_bar - 1); None is the last level.
+    options : mapping
+        Parameters of the prior.
+
+    Examples
+    --------
+    >>> Recipe("isotropic", sigma=None).options
+    {}
+    """
+
+    prior: str = "slerp between neighbours"
+    sigma: float | None = 0.34
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Latents of a few images at one level, and the images to judge by.
+
+    Parameters
+    ----------
+    domain : str
+        Where the images come from.
+    latent : Tensor of shape (n, C, H, W)
+        Latents of `images`.
+    timesteps : ndarray of shape (points,)
+        The grid that led to them.
+    images : Tensor of shape (n, C, H, W)
+        Images that a prior is fitted to, in [-1, 1].
+    heldout : Tensor of shape (m, C, H, W)
+        Images of the domain that no prior sees.
+
+    Examples
+    --------
+    >>> pixels = torch.zeros(2, 1, 4, 4)
+    >>> len(ReferenceSet("digits", pixels, np.array([0.0, 9.0]), pixels, pixels).images)
+    2
+    """
+
+    domain: str
+    latent: torch.Tensor
+    timesteps: np.ndarray
+    images: torch.Tensor
+    heldout: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images and their latents.
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, C, H, W)
+        float32, clipped to [-1, 1].
+    latent : Tensor of shape (n, C, H, W)
+        What was decoded.
+    nfe : int
+        Network calls an image; the inversion of the references is not counted.
+    recipe : Recipe
+        How they were made.
+
+    Examples
+    --------
+    >>> Samples(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), 24, Recipe()).nfe
+    24
+    """
+
+    images: torch.Tensor
+    latent: torch.Tensor
+    nfe: int
+    recipe: Recipe
+
+
+def level_of(model: FrozenModel, sigma: float | None) -> float | None:
+    """Timestep of a noise level.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        Gives the schedule.
+    sigma : float or None
+        Noise over signal; None is the last level.
+
+    Returns
+    -------
+    float or None
+        The timestep, a multiple of 1; None for the last.
+
+    Raises
+    ------
+    ValueError
+        If the level is below the first of the schedule or above the last.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> level_of(load_model("ddpm-fashion-32"), 0.34)
+    99.0
+    """
+    if sigma is None:
+        return None
+    schedule = model.schedule
+    first, last = (float(schedule.sigma(t)) for t in (1.0, schedule.t_end))
+    if not first <= sigma <= last:
+        raise ValueError(
+            f"sigma is {sigma:g}; levels of {model.name} lie from {first:.3g} to {last:.3g}"
+        )
+    return float(np.round(schedule.t_of_log_sigma(np.log(sigma))))
+
+
+def references(
+    model: FrozenModel,
+    domain: str,
+    *,
+    sigma: float | None = Recipe.sigma,
+    n: int | None = None,
+    progress: bool = False,
+) -> ReferenceSet:
+    """Invert the references of a domain to a level; latents that are on disk are read.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    domain : str
+        A shipped domain, whose splits "fit" and "heldout" are used; or anything that `load_images` takes,
+        of which every fifth image is held out.
+    sigma : float, optional
+        Noise level, as in `Recipe`.
+    n : int, optional
+        First `n` references; all by default.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    ReferenceSet
+        Latents, images, held-out images.
+
+    Raises
+    ------
+    ValueError
+        If the domain or the level is unknown, or there are fewer than `n` references.
+
+    Examples
+    --------
+    >>> references(None, "no-such-domain", sigma=None)
+    Traceback (most recent call last):
+    ValueError: unknown domain 'no-such-domain'; known are ...
+    """
+    shipped = domain in domain_names()
+    every = load_images(domain, like=model)
+    kept = torch.ones(len(every), dtype=torch.bool)
+    if not shipped:
+        kept[HELD_OUT - 1 :: HELD_OUT] = False
+    heldout = load_images(domain, split="heldout", like=model) if shipped else every[~kept]
+    count = int(kept.sum())
+    if n is not None and not 1 <= n <= count:
+        raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
+    spec = LatentSpec(model.name, domain, t_end=level_of(model, sigma), n=n if shipped else None)
+    found = get(spec, model=model, progress=progress)
+    chosen = torch.arange(len(found.images)) if shipped else torch.where(kept)[0][:n]
+    return ReferenceSet(
+        domain, found.latent[chosen].double(), found.timesteps, found.images[chosen], heldout
+    )
+
+
+def sample(
+    model: FrozenModel,
+    known: ReferenceSet,
+    recipe: Recipe,
+    *,
+    n: int,
+    rng: np.random.Generator,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Samples:
+    """Draw new images of the domain of the references.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    known : ReferenceSet
+        From `references`, at the level of the recipe.
+    recipe : Recipe
+        Prior and level.
+    n : int
+        Images.
+    rng : numpy.random.Generator
+        Source of the draws.
+    batch_size : int, default 64
+        Images a network call.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    Samples
+        Images, latents, network calls.
+
+    Raises
+    ------
+    ValueError
+        If the references are at another level, or too few for the prior.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model, zero_model
+    >>> model = zero_model(load_model("ddpm-fashion-32"))
+    >>> latent = torch.randn(8, 1, 32, 32, dtype=torch.float64)
+    >>> grid = np.array([0.0, 99.0])
+    >>> known = ReferenceSet("noise", latent, grid, latent.float(), latent.float())
+    >>> drawn = sample(model, known, Recipe("isotropic", 0.34), n=2, rng=np.random.default_rng(0))
+    >>> drawn.images.shape
+    torch.Size([2, 1, 32, 32])
+    """
+    level = level_of(model, recipe.sigma)
+    if level is not None and level != known.timesteps[-1]:
+        raise ValueError(
+            f"the recipe decodes from t = {level:g}, the references are at "
+            f"t = {known.timesteps[-1]:g}; make them with sigma={recipe.sigma}"
+        )
+    latent = _drawn(known.latent, recipe, n, rng)
+    made = generate(
+        model, latent, timesteps=known.timesteps, batch_size=batch_size, progress=progress
+    )
+    return Samples(made.images.float().clamp(-1, 1), latent, made.nfe, recipe)
+
+
+def twin(known: ReferenceSet, recipe: Recipe, *, n: int, rng: np.random.Generator) -> torch.Tensor:
+    """Draw from the same prior fitted to the pixels: what a sampler has to beat.
+
+    Parameters
+    ----------
+    known : ReferenceSet
+        The references.
+    recipe : Recipe
+        Its prior; its level plays no part.
+    n : int
+        Images.
+    rng : numpy.random.Generator
+        Source of the draws.
+
+    Returns
+    -------
+    Tensor of shape (n, C, H, W)
+        float32, clipped to [-1, 1].
+
+    Examples
+    --------
+    >>> pixels = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    >>> known = ReferenceSet("noise", pixels, np.array([0.0, 99.0]), pixels, pixels)
+    >>> twin(known, Recipe("isotropic"), n=2, rng=np.random.default_rng(0)).shape
+    torch.Size([2, 1, 4, 4])
+    """
+    return _drawn(known.images, recipe, n, rng).float().clamp(-1, 1)
+
+
+def _drawn(values: torch.Tensor, recipe: Recipe, n: int, rng: np.random.Generator) -> torch.Tensor:
+    """Draw from the prior of a recipe, fitted to latents or pixels (N, C, H, W)."""
+    prior = make_prior(recipe.prior, **recipe.options).fit(values.flatten(1).numpy())
+    return torch.from_numpy(prior.sample(n, rng)).reshape(n, *values.shape[1:])
+
+
+def quality(images: torch.Tensor, known: ReferenceSet) -> SampleQuality:
+    """Judge images against what was held out, in the features of an ImageNet network.
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, C, H, W)
+        Drawn images.
+    known : ReferenceSet
+        Their references.
+
+    Returns
+    -------
+    SampleQuality
+        As of `sample_quality`; target shares only for a shipped domain of 32 x 32.
+
+    Raises
+    ------
+    ValueError
+        If there are too few images on a side.
+
+    Examples
+    --------
+    >>> pixels = torch.zeros(4, 1, 32, 32)
+    >>> quality(pixels, ReferenceSet("digits", pixels, np.array([0.0, 99.0]), pixels, pixels))
+    Traceback (most recent call last):
+    ValueError: generated has shape (4, 1, 32, 32); it needs 14 images or more, ...
+    """
+    told = known.domain in domain_names() and tuple(images.shape[2:]) == (SIDE, SIDE)
+    classes = {"classifier": load_classifier(), "domain": known.domain} if told else {}
+    sets = {"fit": known.images, "heldout": known.heldout}
+    return sample_quality(images, features=imagenet, **sets, **classes)
+
+
+def sentence(found: SampleQuality) -> str:
+    """Say how good and how new images are.
+
+    Parameters
+    ----------
+    found : SampleQuality
+        From `quality`.
+
+    Returns
+    -------
+    str
+        KID beside that of real images, the nearest-neighbour ratio, and the target share if there is one.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace as Box
+    >>> number = Box(value=0.5)
+    >>> sentence(Box(n=4, kid=number, kid_floor=number, novelty=number, share_ratio=None))
+    '4 images, KID 0.5 (real images 0.5), nearest-neighbour ratio 0.5'
+    """
+    share = found.share_ratio
+    told = "" if share is None else f", target share {share.value:.2g} of real images'"
+    return (
+        f"{found.n} images, KID {found.kid.value:.2g} (real images {found.kid_floor.value:.2g}), "
+        f"nearest-neighbour ratio {found.novelty.value:.2g}{told}"
+    )
+
+
+def write(out: Path, made: Samples, known: ReferenceSet, record: Mapping[str, Any]) -> Path:
+    """Write images, a grid beside held-out images, and a record.
+
+    Parameters
+    ----------
+    out : Path
+        Folder; files of an earlier run are replaced.
+    made : Samples
+        What was drawn.
+    known : ReferenceSet
+        Their references.
+    record : mapping
+        What `metrics.json` holds beside the recipe.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> pixels = torch.zeros(2, 1, 8, 8)
+    >>> known = ReferenceSet("noise", pixels, np.array([0.0, 99.0]), pixels, pixels)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = write(Path(folder), Samples(pixels, pixels, 1, Recipe()), known, {})
+    ...     sorted(x.name for x in made.iterdir())
+    ['000.png', '001.png', 'grid.png', 'metrics.json']
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    width = max(3, len(str(len(made.images) - 1)))
+    pixels = ((made.images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    for k, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            out / f"{k:0{width}d}.png"
+        )
+    lines = max(1, min(4, len(pixels) // 16))
+    strips = {"real, held out": known.heldout, "drawn": made.images}
+    image_rows(strips, lines=lines).savefig(out / "grid.png")
+    recipe = {"prior": made.recipe.prior, "sigma": made.recipe.sigma, **made.recipe.options}
+    text = json.dumps({"recipe": recipe, "nfe": made.nfe, **record}, indent=2) + "\n"
+    write_whole(out / "metrics.json", lambda partial: partial.write_text(text))
+    return out

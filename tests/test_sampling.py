@@ -1,0 +1,127 @@
+"""Samplers of unseen domains: exact where the model is affine, honest about levels and folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ood_lib import sampling
+from ood_lib.analytic import GaussianLaw, analytic_model
+from ood_lib.inversion import invert
+from ood_lib.models import load_model, zero_model
+from ood_lib.sampling import Recipe, ReferenceSet, level_of, sample, twin
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("ddpm-fashion-32")
+
+
+@pytest.fixture(scope="module")
+def affine(model):
+    """Gaussian model with a covariance of its own: its map is affine, and no multiple of I."""
+    d = int(np.prod(SHAPE))
+    basis = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(1)).double())
+    law = GaussianLaw(
+        torch.full((d,), 0.1).double(), basis[0], torch.linspace(0.01, 0.4, d).double()
+    )
+    return analytic_model(law, model.schedule, sample_shape=SHAPE)
+
+
+def known_of(model, sigma, n=12, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    images = 0.4 * torch.rand(n, *model.sample_shape, generator=source).double() - 0.3
+    made = invert(model, images, t_end=level_of(model, sigma))
+    return ReferenceSet("made up", made.latent, made.timesteps, images, images)
+
+
+@pytest.mark.parametrize("sigma", [0.34, 3.0, None])
+@pytest.mark.parametrize("prior", ["recombination", "full covariance"])
+def test_an_affine_model_adds_nothing_to_its_pixel_twin(affine, sigma, prior):
+    """Chapter 06: affine maps commute with affine combinations, so that both draw the same images."""
+    known, recipe = known_of(affine, sigma), Recipe(prior, sigma)
+    made = sample(affine, known, recipe, n=5, rng=np.random.default_rng(3))
+    same = twin(known, recipe, n=5, rng=np.random.default_rng(3))
+    assert (made.images - same).abs().max() < 0.01  # what 24 calls of the solver are off
+
+
+def test_a_zero_network_scales_and_scaling_commutes_with_every_draw(model):
+    zero = zero_model(model)
+    known, recipe = known_of(zero, 1.0), Recipe("isotropic", 1.0)
+    made = sample(zero, known, recipe, n=3, rng=np.random.default_rng(0))
+    assert torch.allclose(
+        made.images, twin(known, recipe, n=3, rng=np.random.default_rng(0)), atol=1e-3
+    )
+
+
+def test_a_level_is_where_noise_over_signal_is_sigma(model):
+    for sigma in (0.05, 0.34, 1.0, 12.0):
+        assert model.schedule.sigma(level_of(model, sigma)) == pytest.approx(sigma, rel=0.06)
+    assert level_of(model, None) is None
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, 1e4, float("nan")])
+def test_a_level_outside_the_schedule_is_refused(model, sigma):
+    with pytest.raises(ValueError, match=r"levels of ddpm-fashion-32 lie from"):
+        level_of(model, sigma)
+
+
+def test_references_at_another_level_are_refused(affine):
+    with pytest.raises(ValueError, match="decodes from t = 99, the references are at t = 285"):
+        sample(
+            affine, known_of(affine, 1.15), Recipe(sigma=0.34), n=2, rng=np.random.default_rng(0)
+        )
+
+
+def test_the_same_seed_draws_the_same_images(affine):
+    known = known_of(affine, 1.0)
+    first, again = (
+        sample(affine, known, Recipe("isotropic", 1.0), n=4, rng=np.random.default_rng(7))
+        for _ in "ab"
+    )
+    assert torch.equal(first.images, again.images)
+    assert first.images.abs().max() <= 1
+
+
+def test_of_a_folder_every_fifth_image_is_held_out(model, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        pixels = rng.integers(0, 255, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    asked = []
+    monkeypatch.setattr(
+        sampling, "get", lambda spec, **_: asked.append(spec) or _latents(spec, model)
+    )
+    known = sampling.references(model, str(tmp_path), sigma=0.34)
+    assert len(known.images) == 8
+    assert len(known.heldout) == 2
+    assert (known.images[:, None] != known.heldout).flatten(2).any(2).all()
+    assert asked[0].t_end == 99
+
+
+def _latents(spec, model):
+    from ood_lib.domains import load_images
+    from ood_lib.latents import LatentSet
+
+    images = load_images(spec.domain, like=model)
+    return LatentSet(images, images, spec, np.array([0.0, 99.0]), 1, "ab2", "current", None, None)
+
+
+def test_more_references_than_there_are_are_refused(model):
+    with pytest.raises(ValueError, match="n is 100000; digits has"):
+        sampling.references(model, "digits", n=100_000)
+
+
+def test_what_is_written_can_be_read_again(affine, tmp_path):
+    known = known_of(affine, 1.0)
+    made = sample(affine, known, Recipe("isotropic", 1.0), n=3, rng=np.random.default_rng(0))
+    sampling.write(tmp_path / "out", made, known, {"kid": 0.5})
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["recipe"] == {"prior": "isotropic", "sigma": 1.0}
+    assert (record["kid"], record["nfe"]) == (0.5, made.nfe)
+    pixels = np.asarray(Image.open(tmp_path / "out" / "001.png"), dtype=float)
+    assert np.abs(pixels / 127.5 - 1 - made.images[1, 0].numpy()).max() < 0.005
