@@ -24,6 +24,7 @@ __all__ = [
     "Statistic",
     "Targets",
     "accept",
+    "law_of_cosines",
     "measure",
     "slerp",
     "vertex_angles",
@@ -665,11 +666,29 @@ def vertex_angles(samples: np.ndarray, *, block: int = BLOCK) -> np.ndarray:
     others = np.array([np.delete(np.arange(n), j) for j in range(n)])
     i, k = (others[:, ends] for ends in np.triu_indices(n - 1, 1))
     j = np.arange(n)[:, None]
-    return np.degrees(np.arccos(_law_of_cosines(squares[j, i], squares[j, k], squares[i, k])))
+    return np.degrees(np.arccos(law_of_cosines(squares[j, i], squares[j, k], squares[i, k])))
 
 
-def _law_of_cosines(left: np.ndarray, right: np.ndarray, across: np.ndarray) -> np.ndarray:
-    """Cosine between two sides, from squared lengths; NaN where a side has none."""
+def law_of_cosines(left: np.ndarray, right: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between two sides of triangles.
+
+    Parameters
+    ----------
+    left, right : ndarray
+        Squared lengths of the sides at the vertex.
+    across : ndarray
+        Squared length of the side across; all three of one shape, or of shapes that broadcast.
+
+    Returns
+    -------
+    ndarray
+        In [-1, 1]; NaN where a side at the vertex has no length.
+
+    Examples
+    --------
+    >>> law_of_cosines(np.array([9.0, 0.0]), np.array([16.0, 1.0]), np.array([25.0, 1.0]))
+    array([ 0., nan])
+    """
     sides = 2 * np.sqrt(left * right)
     unknown = np.full(np.broadcast(left, right, across).shape, np.nan)
     cosines = np.divide(left + right - across, sides, out=unknown, where=sides > 0)
@@ -704,7 +723,7 @@ def _three_means(
         first, second = (i + (i >= own[:, None]) for i in (first, second))
     row = np.arange(m)[:, None]
     ends = pairs.squares[row, first], pairs.squares[row, second], among[first, second]
-    angles = (pairs.cosines[row, first], _law_of_cosines(*ends))
+    angles = (pairs.cosines[row, first], law_of_cosines(*ends))
     values = [np.sqrt(ends[0]), *(np.degrees(np.arccos(c)) for c in angles)]
     return np.stack([v.mean(axis=1) for v in values], axis=1)
 

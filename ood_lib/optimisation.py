@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 
 from ood_lib import gram
-from ood_lib.geometry import Targets, accept
+from ood_lib.geometry import Targets, accept, law_of_cosines
 from ood_lib.gram import BLOCK, Samples
 
 __all__ = [
@@ -231,13 +231,6 @@ def _table(candidates: np.ndarray, references: Samples, known: _References, bloc
     return _Table(squares, inner, known)
 
 
-def _vertex_cosines(left: np.ndarray, right: np.ndarray, across: np.ndarray) -> np.ndarray:
-    """Law of cosines from squared sides; NaN where the latent is a copy of a reference."""
-    sides = 2 * np.sqrt(left * right)
-    unknown = np.full(sides.shape, np.nan)
-    return np.clip(np.divide(left + right - across, sides, out=unknown, where=sides > 0), -1, 1)
-
-
 def _degrees(cosines: np.ndarray) -> np.ndarray:
     return np.degrees(np.arccos(cosines))
 
@@ -254,7 +247,7 @@ def _values(table: _Table, name: str) -> np.ndarray:
         return table.inner.std(axis=1)
     apart = table.distances
     right = apart[:, _ahead(apart.shape[1])]
-    return _degrees(_vertex_cosines(apart, right, table.references.across)).mean(axis=1)
+    return _degrees(law_of_cosines(apart, right, table.references.across)).mean(axis=1)
 
 
 def _means(table: _Table, names: Sequence[str] = STATISTICS) -> np.ndarray:
@@ -272,7 +265,7 @@ def _left_out_means(known: _References) -> np.ndarray:
     across[ahead, itself] = apart[itself, ahead[ahead]]
     others = ~np.eye(n, dtype=bool)
     values = [np.sqrt(apart), _degrees(table.cosines)]
-    values.append(_degrees(_vertex_cosines(apart, right, across)))
+    values.append(_degrees(law_of_cosines(apart, right, across)))
     means = [np.sqrt(known.squares), *(v.mean(axis=1, where=others) for v in values)]
     return np.stack([*means, known.gram.std(axis=1, where=others)], axis=1)
 
@@ -734,7 +727,7 @@ def _vertex_slopes(table: _Table) -> np.ndarray:
     apart = table.distances
     ahead = _ahead(apart.shape[1])
     right = apart[:, ahead]
-    cosines = _vertex_cosines(apart, right, table.references.across)
+    cosines = law_of_cosines(apart, right, table.references.across)
     turns, sides = _turns(cosines) / 2, 1 / np.sqrt(apart * right)
     slopes = turns * (sides - cosines / apart)
     slopes[:, ahead] += turns * (sides - cosines / right)
