@@ -25,8 +25,10 @@ __all__ = [
     "Inversion",
     "Preset",
     "RoundTrip",
+    "check_images",
     "generate",
     "invert",
+    "noise_like",
     "roundtrip",
 ]
 
@@ -211,7 +213,33 @@ def _check_state(model: FrozenModel, x: torch.Tensor, what: str) -> torch.Tensor
     return x.double()
 
 
-def _check_images(model: FrozenModel, images: torch.Tensor) -> torch.Tensor:
+def check_images(model: FrozenModel, images: torch.Tensor) -> torch.Tensor:
+    """Refuse what is no set of images for a model.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        Gives the shape.
+    images : Tensor of shape (N, C, H, W)
+        To be looked at.
+
+    Returns
+    -------
+    Tensor of shape (N, C, H, W)
+        The images in float64.
+
+    Raises
+    ------
+    ValueError
+        If the shape is not the model's, or a number is not finite or outside [-1, 1].
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> check_images(load_model("ddpm-fashion-32"), torch.full((1, 1, 32, 32), 2.0))
+    Traceback (most recent call last):
+    ValueError: images reach 2 in size; they must lie in [-1, 1]
+    """
     x0 = _check_state(model, images, "images")
     if x0.numel() and x0.abs().max() > 1 + 1e-3:
         raise ValueError(f"images reach {x0.abs().max():.3g} in size; they must lie in [-1, 1]")
@@ -248,8 +276,33 @@ def _choose(
     return chosen, solver, _check_grid(model.schedule, timesteps)
 
 
-def _noise_like(x: torch.Tensor, generator: Generators | None, why: str) -> torch.Tensor:
-    """Draw standard normal noise, from one generator or from one for each row."""
+def noise_like(x: torch.Tensor, generator: Generators | None, why: str) -> torch.Tensor:
+    """Draw standard normal noise, from one generator or from one for each row.
+
+    Parameters
+    ----------
+    x : Tensor of shape (N, ...)
+        Gives shape, dtype and device.
+    generator : torch.Generator or a list with one a row, or None
+        Source of the noise, on the CPU.
+    why : str
+        What draws noise, for the message where there is no generator.
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+        The noise.
+
+    Raises
+    ------
+    ValueError
+        If there is no generator, or not one for each row.
+
+    Examples
+    --------
+    >>> noise_like(torch.zeros(2, 3), torch.Generator().manual_seed(0), "a test").shape
+    torch.Size([2, 3])
+    """
     if generator is None:
         raise ValueError(f"{why} draws noise; pass generator=torch.Generator().manual_seed(...)")
     if isinstance(generator, torch.Generator):
@@ -270,7 +323,7 @@ def _start(
         return images
     if start == "sigma0":
         return signal * (images + sigma * calls(images, t))
-    return signal * (images + sigma * _noise_like(images, generator, "start='noise'"))
+    return signal * (images + sigma * noise_like(images, generator, "start='noise'"))
 
 
 def invert(
@@ -372,7 +425,7 @@ def invert(
     _, solver, grid = _choose(model, preset, solver, timesteps, points, t_end)
     if eps_at == "target" and solver != "ddim":
         raise ValueError(f"eps_at='target' belongs to solver='ddim'; {solver!r} has its own levels")
-    x0 = _check_images(model, images)
+    x0 = check_images(model, images)
     calls, levels = NetworkCalls(model, batch_size), [] if keep_levels else None
     x = _start(calls, x0, grid[0], start, generator)
     latent, error, before = walk(
@@ -505,7 +558,7 @@ def _walk_stochastic(
         x0_hat = (x - np.sqrt(1 - here) * noise) / np.sqrt(here)
         fresh = eta * np.sqrt((1 - there) / (1 - here) * (1 - here / there))
         x = np.sqrt(there) * x0_hat + np.sqrt(1 - there - fresh**2) * noise
-        x = x + fresh * _noise_like(x, generator, "eta > 0")
+        x = x + fresh * noise_like(x, generator, "eta > 0")
     return x
 
 

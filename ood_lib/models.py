@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FrozenModel",
     "check_device",
+    "from_network",
     "linear_model",
     "load_model",
     "model_names",
@@ -291,7 +292,7 @@ def load_model(
     bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f"model {name!r} has weights that are not finite: {', '.join(bad[:3])}")
-    return _from_network(
+    return from_network(
         Path(name).name,
         network.to(device),
         scheduler.config.prediction_type,
@@ -339,7 +340,7 @@ def _parts(folder: Path) -> tuple[Path, Path, Path]:
     return parts
 
 
-def _from_network(
+def from_network(
     name: str,
     network: UNet2DModel,
     prediction_type: str,
@@ -348,6 +349,38 @@ def _from_network(
     backend: str,
     precision: str,
 ) -> FrozenModel:
+    """Freeze a network.
+
+    Parameters
+    ----------
+    name : str
+        What the model is called.
+    network : UNet2DModel
+        Maps C channels to C, or to 2C with learned variances; put into evaluation.
+    prediction_type : {"epsilon", "sample", "v_prediction"}
+        What it predicts.
+    schedule : NoiseSchedule
+        Its noise schedule.
+    backend, precision : str
+        As in `load_model`, chosen already.
+
+    Returns
+    -------
+    FrozenModel
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the network's channels or its prediction are of another kind.
+
+    Examples
+    --------
+    >>> like = load_model("ddpm-fashion-32", backend="torch")
+    >>> options = {"backend": "torch", "precision": "fp32"}
+    >>> from_network("again", like.network, "epsilon", like.schedule, **options).sample_shape
+    (1, 32, 32)
+    """
     network = network.eval().requires_grad_(False)
     channels, side = network.config.in_channels, network.config.sample_size
     if network.config.out_channels not in (channels, 2 * channels):
@@ -440,7 +473,7 @@ def random_model(like: FrozenModel, *, seed: int) -> FrozenModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = type(like.network).from_config(like.network.config)
-    return _from_network(
+    return from_network(
         f"random-{seed}",
         network.to(like.network.device),
         "epsilon",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ood_lib.inversion import Generators, _check_images, _noise_like, generate
+from ood_lib.inversion import Generators, check_images, generate, noise_like
 from ood_lib.models import FrozenModel
 from ood_lib.schedule import NoiseSchedule, graded_log_sigma
 from ood_lib.solvers import NetworkCalls
@@ -66,7 +66,7 @@ def _noised(
 ) -> torch.Tensor:
     """Carry states from timestep 0 to `t` by adding noise."""
     share = float(schedule.alpha_bar_at(t) / schedule.alpha_bar_at(0))
-    noise = _noise_like(images, generator, "noising a reference")
+    noise = noise_like(images, generator, "noising a reference")
     return np.sqrt(share) * images + np.sqrt(1 - share) * noise
 
 
@@ -130,7 +130,7 @@ def sdedit(
     >>> made.images.shape, made.nfe, made.sources.tolist()
     (torch.Size([3, 1, 32, 32]), 24, [0, 1, 0])
     """
-    x0 = _check_images(model, references)
+    x0 = check_images(model, references)
     sources = _sources(x0, n)
     x = _noised(model.schedule, x0[sources], t, generator)
     if t == 0:
@@ -249,12 +249,12 @@ def ilvr(
     >>> made.nfe, abs(made.images.mean().item() - 0.5) < 0.05
     (9, True)
     """
-    x0 = _check_images(model, references)
+    x0 = check_images(model, references)
     sources = _sources(x0, n)
     low_pass(x0[:1], factor=factor)  # a wrong factor shows before the first network call
     guides = x0[sources]
     grid = graded_log_sigma(model.schedule, points)
-    x = _noise_like(guides, generator, "the first state")
+    x = noise_like(guides, generator, "the first state")
     for here, there in pairwise(grid[::-1]):
         step = np.array([there, here])
         x = generate(
@@ -334,13 +334,13 @@ def crdi_like(
     >>> crdi_like(model, torch.zeros(2, 1, 32, 32), n=8, generator=noise).nfe  # 24 + 24 * 4 * 2 / 8
     48.0
     """
-    x0 = _check_images(model, references)
+    x0 = check_images(model, references)
     sources = _sources(x0, n)
     if pairs < 1:
         raise ValueError(f"pairs is {pairs}; use 1 or more")
     used = x0[: len(set(sources))]
     grid = graded_log_sigma(model.schedule, points)
-    x = _noise_like(x0[sources], generator, "the first state")
+    x = noise_like(x0[sources], generator, "the first state")
     calls = NetworkCalls(model, batch_size)
     for here, there in pairwise(grid[::-1]):
         step = np.array([there, here])
@@ -362,6 +362,6 @@ def _guidance(
     spread = float(np.sqrt(schedule.sigma(t) ** 2 - schedule.sigma(0) ** 2))
     total = torch.zeros_like(references)
     for _ in range(pairs):
-        noise = spread * _noise_like(references, generator, "the guidance")
+        noise = spread * noise_like(references, generator, "the guidance")
         total -= calls(references / signal + noise, t) + calls(references / signal - noise, t)
     return total / (2 * pairs)

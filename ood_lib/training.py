@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from ood_lib.backends import write_whole
 from ood_lib.inversion import generate
 from ood_lib.losses import hybrid_loss, level_weight, simple_loss
-from ood_lib.models import FrozenModel, _from_network, check_device, load_model
+from ood_lib.models import FrozenModel, check_device, from_network, load_model
 from ood_lib.plotting import error_curves, image_rows, use_style
 from ood_lib.schedule import NoiseSchedule, uniform_log_sigma, uniform_t
 
@@ -609,7 +609,7 @@ def fine_tune(
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
     return FineTuned(
-        _from_network(
+        from_network(
             f"{model.name}-tuned",
             network,
             "epsilon",
