@@ -163,11 +163,16 @@ def _noise(n: int, smooth: bool, rng: np.random.Generator) -> np.ndarray:
 
 def _overlays(domains: list[np.ndarray], each: int, rng: np.random.Generator) -> np.ndarray:
     """Blends of an image of each domain with one of another domain."""
-    first = np.repeat(np.arange(len(domains)), each)
-    second = (first + rng.integers(1, len(domains), len(first))) % len(domains)
+    first, second = _two_domains(len(domains), each, rng)
     a, b = _draw(domains, first, rng), _draw(domains, second, rng)
     weight = rng.uniform(0.35, 0.65, (len(first), 1, 1, 1))
     return weight * a + (1 - weight) * b
+
+
+def _two_domains(count: int, each: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of domains, each in turn, and of another one beside each."""
+    first = np.repeat(np.arange(count), each)
+    return first, (first + rng.integers(1, count, len(first))) % count
 
 
 def _draw(domains: list[np.ndarray], which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -262,8 +267,8 @@ def unseen_garbage(
     torch.Size([6, 3, 32, 32])
     """
     arrays = [images.numpy() for images in domains.values()]
-    which = np.repeat(np.arange(len(arrays)), each)
-    n, other = len(which), (which + rng.integers(1, len(arrays), len(which))) % len(arrays)
+    which, other = _two_domains(len(arrays), each, rng)
+    n = len(which)
     lost = rng.random((n, 1, SIDE, SIDE)) < 0.4
     strips = np.arange(SIDE) // 4 % 2 == 0
     made = {
