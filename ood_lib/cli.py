@@ -222,9 +222,11 @@ def sample(
     out: Annotated[Path, typer.Option(help="folder for images, grid.png and metrics.json")],
     n: Annotated[int, typer.Option("-n", help="images to draw")] = 64,
     prior: Annotated[
-        str, typer.Option(help="a prior of ood_lib.priors")
-    ] = "slerp between neighbours",
-    sigma: Annotated[float, typer.Option(help="noise over signal of the latents")] = 0.34,
+        str | None, typer.Option(help="a prior of ood_lib.priors, in place of the default")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="noise over signal of the latents, in place of the default")
+    ] = None,
     references: Annotated[
         int | None, typer.Option(help="first so many images that are fitted to; all by default")
     ] = None,
@@ -237,9 +239,11 @@ def sample(
     from ood_lib import sampling
     from ood_lib.models import load_model
 
-    frozen, recipe = load_model(model), sampling.Recipe(prior, sigma)
+    chosen = {"prior": prior, "sigma": sigma}
+    recipe = sampling.Recipe(**{key: x for key, x in chosen.items() if x is not None})
+    frozen = load_model(model)
     with _warnings_as_sentences():
-        known = sampling.references(frozen, domain, sigma=sigma, n=references, progress=True)
+        known = sampling.references(frozen, domain, sigma=recipe.sigma, n=references, progress=True)
         made = sampling.sample(
             frozen,
             known,

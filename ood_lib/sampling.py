@@ -19,7 +19,7 @@ from PIL import Image
 
 from ood_lib.backends import write_whole
 from ood_lib.classifier import SIDE, load_classifier
-from ood_lib.domains import domain_names, load_images
+from ood_lib.domains import domain_names, load_images, open_images
 from ood_lib.features import imagenet
 from ood_lib.inversion import generate
 from ood_lib.latents import LatentSpec, get
@@ -204,17 +204,16 @@ def references(
     ValueError: unknown domain 'no-such-domain'; known are ...
     """
     shipped = domain in domain_names()
-    every = load_images(domain, like=model)
-    kept = torch.ones(len(every), dtype=torch.bool)
+    kept = torch.ones(len(open_images(domain, like=model)), dtype=torch.bool)
     if not shipped:
         kept[HELD_OUT - 1 :: HELD_OUT] = False
-    heldout = load_images(domain, split="heldout", like=model) if shipped else every[~kept]
     count = int(kept.sum())
     if n is not None and not 1 <= n <= count:
         raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
     spec = LatentSpec(model.name, domain, t_end=level_of(model, sigma), n=n if shipped else None)
     found = get(spec, model=model, progress=progress)
-    chosen = torch.arange(len(found.images)) if shipped else torch.where(kept)[0][:n]
+    heldout = load_images(domain, split="heldout", like=model) if shipped else found.images[~kept]
+    chosen = torch.where(kept)[0][:n]
     return ReferenceSet(
         domain, found.latent[chosen].double(), found.timesteps, found.images[chosen], heldout
     )
