@@ -7,7 +7,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from ood_lib import chapters, results
-from ood_lib.domains import project_root
+from ood_lib.domains import open_images, project_root
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,14 @@ def test_the_book_has_the_pages_of_its_contents_and_no_other(html):
 def test_every_chapter_stands_in_the_contents():
     pages = {page for page in listed_pages() if page.startswith("book/chapters/")}
     assert pages == {f"book/chapters/{slug}" for slug in chapters.chapter_slugs()}
+
+
+@each_chapter
+def test_the_latents_of_a_chapter_can_be_made(slug):
+    """`make rebook` inverts them; a split with fewer images than asked for would end it."""
+    for entry in chapters.latents_of(slug):
+        split = entry.get("split", "fit")
+        assert entry.get("n", 1) <= len(open_images(entry["domain"], split=split)), entry
 
 
 @each_page
