@@ -9,8 +9,8 @@ divides by n - 1.
 
 A law on finitely many points or on curves has no density with respect to Lebesgue measure; its class has
 no ``score_samples``. These are `Recombination`, `LinearCombination`, `NeighbourRecombination`, `Slerp`,
-`CentredSlerp`, `NeighbourSlerp` and `Replay`. A Gaussian whose covariance is singular says so when it is
-asked.
+`CentredSlerp`, `NeighbourSlerp`, `Mosaic` and `Replay`. A Gaussian whose covariance is singular says so
+when it is asked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hashlib import blake2b
 from typing import Any, Self
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
 from scipy.special import logsumexp
 from sklearn import mixture, neighbors
@@ -37,6 +38,7 @@ from ood_lib.gram import (
     mean,
     pairwise_distances,
 )
+from ood_lib.mosaic import flow
 
 __all__ = [
     "LADDER",
@@ -50,6 +52,7 @@ __all__ = [
     "KernelDensity",
     "LinearCombination",
     "Mixture",
+    "Mosaic",
     "NeighbourRecombination",
     "NeighbourSlerp",
     "Recombination",
@@ -821,6 +824,68 @@ class NeighbourSlerp(CentredSlerp):
         return np.stack([starts, ends], axis=1)
 
 
+class Mosaic(_Prior):
+    """Parts of different latents that agree where they meet: the flow of the best local denoiser.
+
+    Parameters
+    ----------
+    window : float, default 0.6
+        Widest window of the denoiser as a share of the longer side of a latent, above 0. From 2 on every
+        window holds everything and draws are copies.
+    steps : int, default 10
+        Heun steps of the flow.
+    shape : tuple of int, optional
+        (C, H, W) of a latent; found for squares of 1 or 3 channels.
+
+    Notes
+    -----
+    See `ood_lib.mosaic`. A sum of latents shows all its terms at once, like a double exposure; a mosaic
+    shows one at a time, each in its place.
+
+    Examples
+    --------
+    >>> prior = Mosaic().fit(np.eye(16))
+    >>> prior.sample(2, np.random.default_rng(0)).shape, prior.shape_
+    ((2, 16), (1, 4, 4))
+    """
+
+    def __init__(
+        self, window: float = 0.6, steps: int = 10, shape: tuple[int, int, int] | None = None
+    ) -> None:
+        self.window = window
+        self.steps = steps
+        self.shape = shape
+
+    def _check(self, n: int) -> None:
+        if not self.window > 0:
+            raise ValueError(f"window is {self.window}; use a share of the side above 0, as 0.6")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; the flow needs 1 or more")
+
+    def _estimate(self, variance: np.ndarray) -> None:
+        self.shape_ = self.shape or _square(self.n_features_in_)
+        if np.prod(self.shape_) != self.n_features_in_:
+            raise ValueError(
+                f"shape is {self.shape_}; latents have {self.n_features_in_} coordinates"
+            )
+        self.spread_ = float(np.sqrt(variance.mean()))
+
+    def _draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        known, start = self.samples_[:, :], rng.standard_normal((n, self.n_features_in_))
+        pictures, noise = (torch.from_numpy(x).reshape(-1, *self.shape_) for x in (known, start))
+        how = {"spread": self.spread_, "window": self.window, "steps": self.steps}
+        return flow(pictures, noise, **how).double().reshape(n, -1).numpy()
+
+
+def _square(d: int) -> tuple[int, int, int]:
+    """Find (C, side, side) of d numbers, C in {1, 3}."""
+    for channels in (1, 3):
+        side = int(np.sqrt(d // channels))
+        if channels * side**2 == d:
+            return channels, side, side
+    raise ValueError(f"{d} coordinates are no square of 1 or 3 channels; give shape=(C, H, W)")
+
+
 # ------------------------------------------------------------------------------------------ controls
 
 
@@ -892,6 +957,7 @@ PRIORS: dict[str, type[_Prior]] = {
     "slerp": Slerp,
     "slerp about the mean": CentredSlerp,
     "slerp between neighbours": NeighbourSlerp,
+    "mosaic": Mosaic,
     "replay": Replay,
     "replay plus noise": ReplayNoise,
 }

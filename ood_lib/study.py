@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LinearRegression
 
 from ood_lib import geometry, separability
 from ood_lib.backends import write_whole
@@ -38,6 +39,7 @@ __all__ = [
     "UNSEEN",
     "WAYS",
     "Sample",
+    "affine_share",
     "along_t",
     "cell",
     "difference_table",
@@ -94,6 +96,57 @@ def own_domain(name: str) -> str:
     'fashion'
     """
     return name.split("-")[1]
+
+
+def affine_share(images: torch.Tensor, latent: torch.Tensor, *, width: int = 7) -> float:
+    """Share of the variance of latents that an affine map of the images explains.
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, C, H, W)
+        Images.
+    latent : Tensor of shape (n, C, H, W)
+        Their latents, at any level.
+    width : int, default 7
+        Side of the window of pixels that a coordinate of a latent is predicted from, odd.
+
+    Returns
+    -------
+    float
+        1 - residual over variance, on the second half of the images, of a map that was fitted to the first;
+        at most 1, below 0 for a map worse than the mean.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 4 images, or the shapes differ.
+
+    Notes
+    -----
+    The weights are the same at all places and the intercept is not; a few images cannot tell a map of all
+    pixels to all coordinates. So the share is a lower bound of what affine maps explain.
+
+    Examples
+    --------
+    >>> images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    >>> round(affine_share(images, 3 * images - 1), 6)
+    1.0
+    """
+    if images.shape != latent.shape or len(images) < 4:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, latents {tuple(latent.shape)}; "
+            "give the same shape and 4 or more"
+        )
+    half = len(images) // 2
+    x, z = (a.double() - a[:half].double().mean(0) for a in (images, latent))
+    windows = torch.nn.functional.unfold(x, width, padding=width // 2).mT.numpy()
+    targets = z.flatten(2).mT.numpy()
+    (x_fit, x_new), (z_fit, z_new) = (
+        (a[:half].reshape(-1, a.shape[2]), a[half:].reshape(-1, a.shape[2]))
+        for a in (windows, targets)
+    )
+    left = z_new - LinearRegression(fit_intercept=False).fit(x_fit, z_fit).predict(x_new)
+    return float(1 - np.square(left).sum() / np.square(z_new).sum())
 
 
 def unseen_domains(model: FrozenModel) -> list[str]:

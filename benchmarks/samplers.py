@@ -1,0 +1,310 @@
+"""Samplers of unseen domains: search one on a single pair of domains, then try it on all the others.
+
+    .venv/bin/python benchmarks/samplers.py search   # data/results/sampler_search.csv, one pair
+    .venv/bin/python benchmarks/samplers.py every    # data/results/samplers.csv, every pair, five seeds
+    .venv/bin/python benchmarks/samplers.py numbers  # data/results/sampler_numbers.csv, 16 to 1,000
+    .venv/bin/python benchmarks/samplers.py affine   # data/results/affine_share.csv, every pair
+
+Every sampler gets the same references, the same network calls an image, and the same held-out images to
+be judged by. Rows that stand in a table are kept, so a run that was stopped goes on. A sampler's twin is
+its prior fitted to the pixels, without a model.
+
+The search takes the recipe with the smallest KID (not below that of the fitted images) among those that
+use the model, whose target share is 0.8 of real images' or more and whose median nearest-neighbour ratio
+is 0.9 or more: a little above the 0.8 that is asked of it on other pairs.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ood_lib import load_model
+from ood_lib.classifier import load_classifier
+from ood_lib.domains import open_images, project_root
+from ood_lib.features import imagenet
+from ood_lib.geometry import Targets, accept
+from ood_lib.inversion import generate
+from ood_lib.metrics import c2st, diversity, jackknife, kid, nearest_ratio, prdc, ratio_of_shares
+from ood_lib.models import FrozenModel, model_names
+from ood_lib.priors import make_prior
+from ood_lib.sampling import Recipe, ReferenceSet, references, sample, twin
+from ood_lib.study import affine_share, unseen_domains
+
+RESULTS = project_root() / "data" / "results"
+PAIR = ("ddpm-fashion-32", "digits")
+REFERENCES, DRAWS, SEEDS = 100, 64, 5
+RELEASED = 60.8  # sigma at t = 900 of the linear schedule
+BAND = (0.8, 1.25)
+BUDGET, BATCH = 50_000, 2_000
+LEVELS = {"pixels": None, "last level": None} | {
+    f"sigma {x}": x for x in (0.1, 0.17, 0.34, 0.72, 1.24, 3.4)
+}
+SEARCHED = (
+    ("isotropic", {}),
+    ("full covariance", {}),
+    ("PPCA", {"rank": 20}),
+    ("recombination", {}),
+    ("neighbour recombination", {"neighbours": 5}),
+    ("slerp about the mean", {}),
+    ("slerp between neighbours", {"neighbours": 3}),
+    ("slerp between neighbours", {"neighbours": 5}),
+    ("mosaic", {"window": 0.5}),
+    ("mosaic", {"window": 0.6}),
+    ("mosaic", {"window": 0.7}),
+    ("mosaic", {"window": 0.8}),
+)
+FINALISTS = {
+    "default": Recipe(),
+    "isotropic, as released": Recipe("isotropic, as released", RELEASED),
+}
+COPIES = {
+    "replay": Recipe("replay", Recipe.sigma),
+    "replay plus noise": Recipe("replay plus noise", Recipe.sigma, {"scale": 0.1}),
+}
+CELLS = (
+    ("ddpm-fashion-32", "digits"),
+    ("ddpm-digits-32", "animals"),
+    ("ddpm-relief-32", "emoji"),
+    ("ddpm-emoji-32", "galaxies"),
+)
+NUMBERS = (16, 32, 64, 128, 256, 512, 1000)
+
+
+def name_of(prior: str, options: Mapping[str, object], level: object) -> str:
+    """Write a recipe in a few words."""
+    return ", ".join([prior, *(f"{key} {value}" for key, value in options.items()), str(level)])
+
+
+def known_of(
+    model: FrozenModel, domain: str, sigma: float | None, n: int = REFERENCES
+) -> ReferenceSet:
+    """Get `n` references at a level, or as many as there are."""
+    return references(model, domain, sigma=sigma, n=min(n, len(open_images(domain, like=model))))
+
+
+class Judge:
+    """What the draws of a pair of model and domain are compared with."""
+
+    def __init__(self, domain: str, known: ReferenceSet) -> None:
+        self.domain, self.classifier = domain, load_classifier()
+        self.fit, self.real = imagenet(known.images), imagenet(known.heldout)
+        self.hits = self.classifier.is_domain(known.heldout, domain)
+        self.floor = kid(self.fit, self.real)
+        half = len(self.real) // 2
+        self.cover = prdc(self.real[:half], self.real[half:]).coverage
+
+    def row(self, images: torch.Tensor) -> dict[str, float]:
+        """Every measure of some images, with 95 % intervals."""
+        x = imagenet(images)
+        ratio = nearest_ratio(x, self.fit, self.real)
+        inside = x[(ratio >= BAND[0]) & (ratio <= BAND[1])]
+        spread = jackknife(lambda a, b: kid(x[a], self.real[b]), len(x), len(self.real))
+        told = c2st(x, self.real)
+        share = ratio_of_shares(self.classifier.is_domain(images, self.domain), self.hits)
+        return {
+            "kid": max(spread.value, self.floor),
+            "kid_low": spread.low,
+            "kid_high": spread.high,
+            "kid_floor": self.floor,
+            "kid_band": max(kid(inside, self.real), self.floor) if len(inside) > 1 else np.nan,
+            "in_band": len(inside) / len(x),
+            "share": share.value,
+            "novelty": float(np.median(ratio)),
+            "coverage": prdc(x, self.real).coverage / self.cover,
+            "diversity": diversity(x, self.real),
+            "c2st": told.value,
+            "c2st_low": told.low,
+            "c2st_high": told.high,
+        }
+
+
+# ------------------------------------------------------------------------------------------ samplers
+
+
+def three_rules(known: ReferenceSet, n: int) -> tuple[np.ndarray, float]:
+    """Keep candidates of the released sampler, and the share that is kept.
+
+    Candidates are points on slerps of two latents; means of three geometric measures must be those of the
+    references within a standard deviation. It stops at `n` or at the budget.
+    """
+    rng, flat = np.random.default_rng(0), known.latent.flatten(1).numpy()
+    prior, targets = make_prior("slerp").fit(flat), Targets.from_reference(flat, rng=rng)
+    kept, tried = [], 0
+    while tried < BUDGET and sum(map(len, kept)) < n:
+        candidates = prior.sample(BATCH, rng)
+        kept.append(candidates[accept(candidates, flat, targets, rng=rng).accepted])
+        tried += BATCH
+    found = np.concatenate(kept)
+    return found, len(found) / tried
+
+
+def released(
+    model: FrozenModel, known: ReferenceSet, kept: np.ndarray, rng: np.random.Generator
+) -> torch.Tensor:
+    """Decode what the rules kept; what is missing is drawn without them."""
+    more = make_prior("slerp").fit(known.latent.flatten(1).numpy()).sample(DRAWS - len(kept), rng)
+    latent = torch.from_numpy(np.concatenate([kept, more])).reshape(DRAWS, *model.sample_shape)
+    images = generate(model, latent, timesteps=known.timesteps).images
+    return images.float().clamp(-1, 1)
+
+
+def drawn(
+    model: FrozenModel, known: ReferenceSet, recipe: Recipe, rng: np.random.Generator
+) -> torch.Tensor:
+    """Images of a recipe."""
+    return sample(model, known, recipe, n=DRAWS, rng=rng).images
+
+
+def finalists(
+    model: FrozenModel, sets: Mapping[float | None, ReferenceSet], seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the images of each sampler; copies once, as a control."""
+    known = sets[Recipe.sigma]
+    for k, (name, recipe) in enumerate((FINALISTS | (COPIES if seed == 0 else {})).items()):
+        rng = np.random.default_rng([seed, k])
+        yield name, drawn(model, sets[recipe.sigma], recipe, rng)
+    yield (
+        "default, pixel twin",
+        twin(known, Recipe(), n=DRAWS, rng=np.random.default_rng([seed, 0])),
+    )
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Add rows to a table, which may not exist yet."""
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+
+
+def done(path: Path, *columns: str) -> set[tuple[object, ...]]:
+    """Read what a table has already."""
+    if not path.is_file():
+        return set()
+    return set(pd.read_csv(path)[list(columns)].itertuples(index=False, name=None))
+
+
+def search() -> None:
+    """Try every prior at every level on one pair, and its twin in the pixels."""
+    path = RESULTS / "sampler_search.csv"
+    model, there = load_model(PAIR[0]), done(path, "recipe")
+    judge = Judge(PAIR[1], known_of(model, PAIR[1], Recipe.sigma))
+    for level, (prior, options) in product(LEVELS, SEARCHED):
+        name = name_of(prior, options, level)
+        if (name,) in there:
+            continue
+        known = known_of(model, PAIR[1], LEVELS[level])
+        recipe, rng = Recipe(prior, LEVELS[level], options), np.random.default_rng(0)
+        if level == "pixels":
+            images = twin(known, recipe, n=2 * DRAWS, rng=rng)
+        else:
+            images = sample(model, known, recipe, n=2 * DRAWS, rng=rng).images
+        labels = {"recipe": name, "prior": prior, "level": level, "options": str(options)}
+        append(path, [labels | judge.row(images)])
+        print(name, flush=True)
+
+
+def pair_rows(model: FrozenModel, domain: str) -> Iterator[list[dict[str, object]]]:
+    """Yield the rows of a pair, seed by seed."""
+    sets = {sigma: known_of(model, domain, sigma) for sigma in (Recipe.sigma, RELEASED)}
+    judge = Judge(domain, sets[Recipe.sigma])
+    kept, share = three_rules(sets[RELEASED], DRAWS * SEEDS)
+    for seed in range(SEEDS):
+        labels = {"model": model.name, "domain": domain, "seed": seed}
+        made = dict(finalists(model, sets, seed))
+        rng, mine = np.random.default_rng([seed, 9]), kept[seed * DRAWS : (seed + 1) * DRAWS]
+        made["released"] = released(model, sets[RELEASED], mine, rng)
+        accepted = {"released": {"kept": share, "accepted": len(mine)}}
+        none = {"kept": 1.0, "accepted": DRAWS}
+        yield [
+            labels | {"sampler": name} | accepted.get(name, none) | judge.row(images)
+            for name, images in made.items()
+        ]
+
+
+def every_pair(models: list[str]) -> None:
+    """Draw from the finalists on every pair, and judge them."""
+    path = RESULTS / "samplers.csv"
+    there = done(path, "model", "domain")
+    for name in models:
+        model = load_model(name)
+        for domain in unseen_domains(model):
+            if (name, domain) not in there:
+                append(path, [row for rows in pair_rows(model, domain) for row in rows])
+                print(name, domain, flush=True)
+
+
+def numbers() -> None:
+    """Draw the default and its twin with few to many references."""
+    path = RESULTS / "sampler_numbers.csv"
+    there = done(path, "model", "domain")
+    for name, domain in CELLS:
+        if (name, domain) in there:
+            continue
+        model, rows = load_model(name), []
+        most = len(open_images(domain, like=model))
+        for n in sorted({min(n, most) for n in NUMBERS}):
+            known = known_of(model, domain, Recipe.sigma, n)
+            judge = Judge(domain, known)
+            for seed in range(SEEDS):
+                rng = [np.random.default_rng([seed, 0]) for _ in range(2)]
+                labels = {"model": name, "domain": domain, "references": n, "seed": seed}
+                for sampler, images in (
+                    ("default", drawn(model, known, Recipe(), rng[0])),
+                    ("default, pixel twin", twin(known, Recipe(), n=DRAWS, rng=rng[1])),
+                ):
+                    rows.append(labels | {"sampler": sampler} | judge.row(images))
+        append(path, rows)
+        print(name, domain, flush=True)
+
+
+def affine() -> None:
+    """Measure how much of the latents a linear map of the pixels explains, level by level."""
+    path = RESULTS / "affine_share.csv"
+    there = done(path, "model", "domain")
+    for name in model_names():
+        model = load_model(name)
+        for domain in unseen_domains(model):
+            if (name, domain) in there:
+                continue
+            labels = {"model": name, "domain": domain}
+            sets = {sigma: known_of(model, domain, sigma) for sigma in (Recipe.sigma, RELEASED)}
+            append(
+                path,
+                [
+                    labels | {"sigma": sigma, "share": affine_share(x.images, x.latent)}
+                    for sigma, x in sets.items()
+                ],
+            )
+            print(name, domain, flush=True)
+
+
+def main() -> None:
+    """Make one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=["search", "every", "numbers", "affine"])
+    parser.add_argument(
+        "--models", nargs="*", default=model_names(), help="of every; all by default"
+    )
+    args = parser.parse_args()
+    if args.table == "every":
+        every_pair(args.models)
+    else:
+        {"search": search, "numbers": numbers, "affine": affine}[args.table]()
+
+
+if __name__ == "__main__":
+    main()
