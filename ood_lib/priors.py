@@ -830,12 +830,12 @@ class Mosaic(_Prior):
     Parameters
     ----------
     window : float, default 0.6
-        Widest window of the denoiser as a share of the longer side of a latent, above 0. From 2 on every
-        window holds everything and draws are copies.
+        Widest window of the denoiser as a share of the longer side of a latent, above 0. The wider, the
+        more draws are copies.
     steps : int, default 10
         Heun steps of the flow.
     shape : tuple of int, optional
-        (C, H, W) of a latent; found for squares of 1 or 3 channels.
+        (C, H, W) of a latent. By default a square of 1 or 3 channels; if it is none, a line (1, 1, d).
 
     Notes
     -----
@@ -874,16 +874,16 @@ class Mosaic(_Prior):
         known, start = self.samples_[:, :], rng.standard_normal((n, self.n_features_in_))
         pictures, noise = (torch.from_numpy(x).reshape(-1, *self.shape_) for x in (known, start))
         how = {"spread": self.spread_, "window": self.window, "steps": self.steps}
-        return flow(pictures, noise, **how).double().reshape(n, -1).numpy()
+        return flow(pictures, noise, **how).double().flatten(1).numpy()
 
 
 def _square(d: int) -> tuple[int, int, int]:
-    """Find (C, side, side) of d numbers, C in {1, 3}."""
+    """Find (C, side, side) of d numbers, C in {1, 3}, or a line."""
     for channels in (1, 3):
         side = int(np.sqrt(d // channels))
         if channels * side**2 == d:
             return channels, side, side
-    raise ValueError(f"{d} coordinates are no square of 1 or 3 channels; give shape=(C, H, W)")
+    return 1, 1, d
 
 
 # ------------------------------------------------------------------------------------------ controls

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from scipy.spatial import geometric_slerp
 from scipy.stats import multivariate_normal
@@ -14,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
+from ood_lib import mosaic
 from ood_lib.gram import open_shards
 from ood_lib.priors import (
     LADDER,
@@ -27,6 +29,7 @@ from ood_lib.priors import (
     KernelDensity,
     LinearCombination,
     Mixture,
+    Mosaic,
     NeighbourRecombination,
     NeighbourSlerp,
     Recombination,
@@ -57,6 +60,7 @@ WITHOUT_DENSITY = [
     Slerp(),
     CentredSlerp(),
     NeighbourSlerp(),
+    Mosaic(),
     Replay(),
 ]
 
@@ -150,7 +154,7 @@ def promised(name, z):
     }[name]()
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [n for n in PRIORS if n != "mosaic"])
 def test_draws_converge_to_the_promised_mean_and_covariance(latents, name):
     mean, cov = promised(name, latents)
     rank = {"rank": 3} if name in ("PPCA", "mixture", "kernel density") else {}
@@ -276,6 +280,47 @@ def test_slerp_between_one_neighbour_is_the_path_to_the_nearest(latents):
 def test_neighbours_must_be_fewer_than_the_latents(latents, neighbours):
     with pytest.raises(ValueError, match="neighbours < n = 12"):
         NeighbourSlerp(neighbours=neighbours).fit(latents)
+
+
+def test_the_wider_the_window_the_more_mosaics_are_copies():
+    z = fresh().normal(size=(9, 3 * 36))
+    copies = []
+    for window in (0.5, 1.0, 2.0):
+        draws = Mosaic(window=window, steps=20).fit(z).sample(200, fresh(1))
+        copies.append((np.linalg.norm(draws[:, None] - z, axis=2).min(1) < 1e-4).mean())
+    assert copies[0] < 0.1
+    assert copies[0] < copies[1] < copies[2]
+    assert copies[2] > 0.8
+
+
+def test_mosaics_are_new_and_each_place_shows_one_latent():
+    """All light or all dark pictures make some that are light on one side and dark on the other."""
+    z = np.repeat([1.0, -1.0], 30)[:, None] + 0.01 * fresh().normal(size=(60, 256))
+    draws = Mosaic(window=0.2, steps=20).fit(z).sample(100, fresh(1)).reshape(100, 16, 16)
+    left, right = draws[:, :, :4].mean((1, 2)), draws[:, :, 12:].mean((1, 2))
+    assert (left * right < 0).mean() > 0.2
+    assert (np.abs(draws).reshape(100, -1).mean(1) > 0.5).all()
+
+
+def test_a_mosaic_depends_on_its_own_noise_only():
+    z = torch.from_numpy(fresh().normal(size=(7, 3, 8, 8))).float()
+    noise = torch.from_numpy(fresh(1).normal(size=(5, 3, 8, 8))).float()
+    how = {"spread": 1.0, "window": 0.6, "steps": 5}
+    both = mosaic.flow(z, noise, **how)
+    alone = torch.cat([mosaic.flow(z, x[None], **how) for x in noise])
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_local_mean_is_the_posterior_mean_of_each_window():
+    """Against weights written out window by window."""
+    rng = torch.Generator().manual_seed(0)
+    known, noisy = (torch.randn(n, 3, 6, 7, generator=rng) for n in (5, 2))
+    found = mosaic.local_mean(noisy, known, noise=1.3, width=3)
+    for y, x in ((0, 0), (2, 3), (5, 6)):
+        window = (..., slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2))
+        far = (noisy[:, None][window] - known[window]).square().sum((2, 3, 4))
+        weights = torch.softmax(-far / (2 * 1.3**2), dim=1)
+        torch.testing.assert_close(found[:, :, y, x], weights @ known[:, :, y, x])
 
 
 # ----------------------------------------------------------------------------- densities
@@ -640,6 +685,9 @@ def test_equal_latents_are_refused(name):
         (FullGaussian(shrinkage=1.5), "1.5"),
         (Slerp(points=0), "points is 0"),
         (ReplayNoise(scale=0), "scale is 0"),
+        (Mosaic(window=0), "window is 0"),
+        (Mosaic(steps=0), "steps is 0"),
+        (Mosaic(shape=(1, 2, 3)), r"shape is \(1, 2, 3\); latents have 5"),
     ],
     ids=lambda x: repr(x),
 )

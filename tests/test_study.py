@@ -95,3 +95,24 @@ def test_the_difference_of_latents_is_relative_and_leaves_the_means_out(like):
     spread = float((like - like.mean(0)).square().mean().sqrt())
     assert moved["means"] == pytest.approx(1 / spread, rel=1e-5)
     assert study._difference(like, -like)["difference"] == pytest.approx(2, rel=1e-5)
+
+
+def test_the_affine_share_is_one_for_a_filter_and_none_for_a_fold():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(20, 3, 12, 12, generator=rng)
+    kernel = torch.randn(3, 3, 5, 5, generator=rng)
+    filtered = torch.nn.functional.conv2d(images, kernel, padding=2) + images[0]
+    assert study.affine_share(images, filtered) == pytest.approx(1, abs=1e-6)
+    assert abs(study.affine_share(images, images.abs(), width=3)) < 0.1
+
+
+def test_the_affine_share_counts_what_noise_leaves():
+    rng = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(2, 40, 1, 16, 16, generator=rng)
+    assert study.affine_share(images, images + noise, width=3) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (4, 1, 8, 9)])
+def test_the_affine_share_needs_pairs(shape):
+    with pytest.raises(ValueError, match="4 or more"):
+        study.affine_share(torch.zeros(shape), torch.zeros(shape[0], 1, 8, 8))
