@@ -829,7 +829,7 @@ class Mosaic(_Prior):
 
     Parameters
     ----------
-    window : float, default 0.6
+    window : float, default 0.8
         Widest window of the denoiser as a share of the longer side of a latent, above 0. The wider, the
         more draws are copies.
     steps : int, default 10
@@ -850,7 +850,7 @@ class Mosaic(_Prior):
     """
 
     def __init__(
-        self, window: float = 0.6, steps: int = 10, shape: tuple[int, int, int] | None = None
+        self, window: float = 0.8, steps: int = 10, shape: tuple[int, int, int] | None = None
     ) -> None:
         self.window = window
         self.steps = steps

@@ -46,13 +46,13 @@ HELD_OUT = 5  # of a folder without splits one image in five is kept for judging
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to sample an unseen domain.
+    """How to sample an unseen domain; the default won the search of `benchmarks/samplers.py`.
 
     Parameters
     ----------
-    prior : str, default "slerp between neighbours"
+    prior : str, default "mosaic"
         A key of `ood_lib.priors.PRIORS`.
-    sigma : float or None, default 0.34
+    sigma : float or None, default 0.1
         Noise level of the latents, noise over signal, sqrt(1 / alpha_bar - 1); None is the last level.
     options : mapping
         Parameters of the prior.
@@ -63,8 +63,8 @@ class Recipe:
     {}
     """
 
-    prior: str = "slerp between neighbours"
-    sigma: float | None = 0.34
+    prior: str = "mosaic"
+    sigma: float | None = 0.1
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -169,6 +169,7 @@ def references(
     *,
     sigma: float | None = Recipe.sigma,
     n: int | None = None,
+    points: int | None = None,
     progress: bool = False,
 ) -> ReferenceSet:
     """Invert the references of a domain to a level; latents that are on disk are read.
@@ -184,6 +185,8 @@ def references(
         Noise level, as in `Recipe`.
     n : int, optional
         First `n` references; all by default.
+    points : int, optional
+        Points of the grid to the level, one more than the network calls; those of `invert` by default.
     progress : bool, default False
         Show a progress bar.
 
@@ -210,7 +213,8 @@ def references(
     count = int(kept.sum())
     if n is not None and not 1 <= n <= count:
         raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
-    spec = LatentSpec(model.name, domain, t_end=level_of(model, sigma), n=n if shipped else None)
+    way = {"t_end": level_of(model, sigma), "points": points}
+    spec = LatentSpec(model.name, domain, n=n if shipped else None, **way)
     found = get(spec, model=model, progress=progress)
     heldout = load_images(domain, split="heldout", like=model) if shipped else found.images[~kept]
     chosen = torch.where(kept)[0][:n]

@@ -96,11 +96,11 @@ def test_of_a_folder_every_fifth_image_is_held_out(model, tmp_path, monkeypatch)
     monkeypatch.setattr(
         sampling, "get", lambda spec, **_: asked.append(spec) or _latents(spec, model)
     )
-    known = sampling.references(model, str(tmp_path), sigma=0.34)
+    known = sampling.references(model, str(tmp_path), sigma=0.34, points=7)
     assert len(known.images) == 8
     assert len(known.heldout) == 2
     assert (known.images[:, None] != known.heldout).flatten(2).any(2).all()
-    assert asked[0].t_end == 99
+    assert (asked[0].t_end, asked[0].points) == (99, 7)
 
 
 def _latents(spec, model):
