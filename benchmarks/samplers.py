@@ -254,12 +254,12 @@ def every_pair(models: list[str]) -> None:
                 print(name, domain, flush=True)
 
 
-def numbers() -> None:
+def numbers(models: list[str]) -> None:
     """Draw the default and its twin with few to many references."""
     path = RESULTS / "sampler_numbers.csv"
     there = done(path, "model", "domain")
     for name, domain in CELLS:
-        if (name, domain) in there:
+        if name not in models or (name, domain) in there:
             continue
         model, rows = load_model(name), []
         most = len(open_images(domain, like=model))
@@ -278,11 +278,11 @@ def numbers() -> None:
         print(name, domain, flush=True)
 
 
-def affine() -> None:
+def affine(models: list[str]) -> None:
     """Measure how much of the latents a linear map of the pixels explains, level by level."""
     path = RESULTS / "affine_share.csv"
     there = done(path, "model", "domain")
-    for name in model_names():
+    for name in models:
         model = load_model(name)
         for domain in unseen_domains(model):
             if (name, domain) in there:
@@ -303,14 +303,12 @@ def main() -> None:
     """Make one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["search", "every", "numbers", "affine"])
-    parser.add_argument(
-        "--models", nargs="*", default=model_names(), help="of every; all by default"
-    )
+    parser.add_argument("--models", nargs="*", default=model_names(), help="all by default")
     args = parser.parse_args()
-    if args.table == "every":
-        every_pair(args.models)
+    if args.table == "search":
+        search()
     else:
-        {"search": search, "numbers": numbers, "affine": affine}[args.table]()
+        {"every": every_pair, "numbers": numbers, "affine": affine}[args.table](args.models)
 
 
 if __name__ == "__main__":
