@@ -21,6 +21,7 @@ __all__ = ["flow", "local_mean", "window_side"]
 NARROWEST = 3  # pixels
 NARROW_AT, WIDE_AT = 0.4, 6.0  # noise over the spread of the pictures where windows stop to change
 FIRST, LAST = 20.0, 0.04  # noise over spread, first and last of the flow
+LONG = 512  # pixels; sides up to here are summed by a matrix of side x side, which is quicker
 AT_ONCE = 2**18  # numbers in a block of draws x pictures x pixels; more leave the cache
 
 
@@ -58,6 +59,26 @@ def _band(length: int, width: int) -> torch.Tensor:
     return ((place[:, None] - place).abs() <= width // 2).float()
 
 
+def _running(values: torch.Tensor, width: int, axis: int) -> torch.Tensor:
+    """Sum over windows of an odd width along an axis, without a matrix."""
+    length, half = values.shape[axis], width // 2
+    # float64: the sum of a window is a small difference of sums from the start
+    until = values.cumsum(axis, dtype=torch.float64)
+    ends = (torch.arange(length) + half).clamp(max=length - 1)
+    sums = until.index_select(axis, ends)
+    kept = max(length - half - 1, 0)
+    sums.narrow(axis, length - kept, kept).sub_(until.narrow(axis, 0, kept))
+    return sums.float()
+
+
+def _window_sums(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Sum over the square window about each pixel (..., H, W), as far as the picture goes."""
+    down, across = values.shape[-2:]
+    if max(down, across) > LONG:
+        return _running(_running(values, width, -1), width, -2)
+    return _band(down, width) @ (values @ _band(across, width))
+
+
 def local_mean(
     noisy: torch.Tensor, pictures: torch.Tensor, *, noise: float, width: int
 ) -> torch.Tensor:
@@ -92,7 +113,6 @@ def local_mean(
     >>> local_mean(known, known, noise=0.1, width=3)[:, 0, 0, 0]
     tensor([0., 1.])
     """
-    down, across = (_band(length, width) for length in pictures.shape[2:])
     halves = pictures.square().sum(1) / 2
     out = torch.empty_like(noisy)
     step = max(1, AT_ONCE // halves.numel())
@@ -100,7 +120,7 @@ def local_mean(
         here = noisy[first : first + step, None]
         # |x|^2 is the same for all pictures, so it leaves the weights as they are
         scores = (here * pictures).sum(2) - halves
-        weights = (down @ (scores @ across)).div_(noise**2).softmax(dim=1)
+        weights = _window_sums(scores, width).div_(noise**2).softmax(dim=1)
         out[first : first + step] = (weights[:, :, None] * pictures).sum(1)
     return out
 

@@ -323,6 +323,15 @@ def test_the_local_mean_is_the_posterior_mean_of_each_window():
         torch.testing.assert_close(found[:, :, y, x], weights @ known[:, :, y, x])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 40), (2, 9, 13)])
+@pytest.mark.parametrize("width", [1, 5, 11, 27, 99])
+def test_windows_of_long_sides_are_summed_as_those_of_short_ones(monkeypatch, shape, width):
+    values = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    by_matrix = mosaic._window_sums(values, width)
+    monkeypatch.setattr(mosaic, "LONG", 0)
+    torch.testing.assert_close(mosaic._window_sums(values, width), by_matrix)
+
+
 # ----------------------------------------------------------------------------- densities
 
 
