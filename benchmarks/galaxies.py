@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from samplers import append, done
-from tuning import DRAWS, RESULTS, SEEDS, Drawn, Pair, drawn_by, keep_images
+from tuning import DRAWS, REFERENCES, RESULTS, SEEDS, Drawn, Pair, drawn_by, keep_images
 
 from ood_lib.features import imagenet
 from ood_lib.galaxies import distances, measure, spread
@@ -85,7 +85,8 @@ def main() -> None:
         name, seed, method = keys
         pair, started = pair_of(name, "galaxies"), time.process_time()
         made, others = drawn(pair, method, seed)
-        row = {"model": name, "seed": seed, "method": method} | judged(pair, made.images, others)
+        row = {"model": name, "seed": seed, "method": method, "references": REFERENCES}
+        row |= {"draws": len(made.images)} | judged(pair, made.images, others)
         seconds = time.process_time() - started
         if name in SHOWN_MODELS and seed == 0:
             shown = f"{SHOWN_MODELS[name]}, {method}"
