@@ -9,7 +9,8 @@ judged by the cut-outs of the right half. Methods and costs are those of `tuning
 
 Two rows are real images: "held out" is 64 of the held-out ones at random, compared with the others, the
 floor of every measure; "replay" is 64 of the references, copies that novelty must find out. Rows that
-stand in the table are kept. `galaxies_draws.npz` has the first 16 images of each method of one grey and
+stand in the table are kept. Images in none of which a source is found count as physically far as can be,
+at a distance of 1. `galaxies_draws.npz` has the first 16 images of each method of one grey and
 one colour model.
 """
 
@@ -25,7 +26,7 @@ from samplers import append, done
 from tuning import DRAWS, REFERENCES, RESULTS, SEEDS, Drawn, Pair, drawn_by, keep_images
 
 from ood_lib.features import imagenet
-from ood_lib.galaxies import distances, measure, spread
+from ood_lib.galaxies import PHYSICAL, distances, measure, spread
 from ood_lib.metrics import kid, nearest_ratio
 from ood_lib.models import model_names
 from ood_lib.training import LEARNING_RATES
@@ -57,14 +58,15 @@ def judged(pair: Pair, images: torch.Tensor, others: np.ndarray) -> dict[str, fl
     """Measure images against the held-out ones that a mask leaves."""
     x, real = imagenet(images), pair.real[others]
     made, true = measure(images), measure(pair.known.heldout[others])
-    apart = distances(made, true)
+    some = made.found.any()
+    apart = distances(made, true) if some else dict.fromkeys(PHYSICAL, 1.0)
     return {
         "kid": max(kid(x, real), pair.floor),
         "kid_floor": pair.floor,
         "novelty": float(np.median(nearest_ratio(x, pair.fit, real))),
         "physical": max(apart.values()),
         **apart,
-        "spread": spread(made) / spread(true),
+        "spread": spread(made) / spread(true) if some else np.nan,
         "found": float(made.found.mean()),
     }
 

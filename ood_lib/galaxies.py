@@ -17,7 +17,7 @@ import sep
 import torch
 from scipy.stats import ks_2samp
 
-__all__ = ["Galaxies", "distances", "measure", "physical_distance", "spread"]
+__all__ = ["PHYSICAL", "Galaxies", "distances", "measure", "physical_distance", "spread"]
 
 THRESHOLD, PIXELS = 3.0, 5  # a source is so many touching pixels above so many times the noise
 GREY_LEVEL = 1 / 255  # the least noise: below it 8 bits tell nothing
