@@ -16,14 +16,13 @@ one colour model.
 
 import argparse
 import time
-from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from samplers import append, done
-from tuning import DRAWS, REFERENCES, RESULTS, SEEDS, Drawn, Pair, drawn_by, keep_images
+from tables import append, done
+from tuning import DRAWS, REFERENCES, RESULTS, SEEDS, Drawn, Pair, drawn_by, keep_images, pair_of
 
 from ood_lib.features import imagenet
 from ood_lib.galaxies import PHYSICAL, distances, measure, spread
@@ -39,7 +38,6 @@ MADE = {
     "frozen": "frozen",
 }
 METHODS = (*MADE, "held out", "replay")
-pair_of = cache(Pair)
 
 
 def drawn(pair: Pair, method: str, seed: int) -> tuple[Drawn, np.ndarray]:
@@ -56,14 +54,14 @@ def drawn(pair: Pair, method: str, seed: int) -> tuple[Drawn, np.ndarray]:
 
 def judged(pair: Pair, images: torch.Tensor, others: np.ndarray) -> dict[str, float]:
     """Measure images against the held-out ones that a mask leaves."""
-    x, real = imagenet(images), pair.real[others]
+    x, real = imagenet(images), pair.judge.real[others]
     made, true = measure(images), measure(pair.known.heldout[others])
     some = made.found.any()
     apart = distances(made, true) if some else dict.fromkeys(PHYSICAL, 1.0)
     return {
-        "kid": max(kid(x, real), pair.floor),
-        "kid_floor": pair.floor,
-        "novelty": float(np.median(nearest_ratio(x, pair.fit, real))),
+        "kid": max(kid(x, real), pair.judge.floor),
+        "kid_floor": pair.judge.floor,
+        "novelty": float(np.median(nearest_ratio(x, pair.judge.fit, real))),
         "physical": max(apart.values()),
         **apart,
         "spread": spread(made) / spread(true) if some else np.nan,

@@ -18,25 +18,24 @@ seconds for the rest, and a minute for the inversion of its references where the
 """
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from time import process_time
 
+import judging
 import numpy as np
-import pandas as pd
 import torch
 from scipy.stats import ks_2samp
 from scipy.stats import t as student
+from tables import append, done
 
 from ood_lib import generate, load_model
-from ood_lib.classifier import load_classifier
-from ood_lib.domains import open_images, project_root
+from ood_lib.domains import project_root
 from ood_lib.features import imagenet
 from ood_lib.geometry import RULES, Targets, accept
-from ood_lib.metrics import jackknife, kid, nearest_ratio, ratio_of_shares
+from ood_lib.metrics import jackknife, kid, ratio_of_shares
 from ood_lib.models import FrozenModel, model_names
 from ood_lib.optimisation import (
     STATISTICS,
@@ -49,7 +48,7 @@ from ood_lib.optimisation import (
     two_moments,
 )
 from ood_lib.priors import make_prior
-from ood_lib.sampling import ReferenceSet, references
+from ood_lib.sampling import ReferenceSet
 from ood_lib.study import unseen_domains
 
 RESULTS = project_root() / "data" / "results"
@@ -81,8 +80,7 @@ SIZES, D, MOVED, BATCHES = (100, 256, 1000), 3072, 256, 200
 
 def known_of(model: FrozenModel, domain: str, t: int) -> ReferenceSet:
     """Get the references at a level: a hundred, or as many as there are."""
-    n = min(REFERENCES, len(open_images(domain, like=model)))
-    return references(model, domain, sigma=LEVELS[t], n=n)
+    return judging.known_of(model, domain, LEVELS[t], REFERENCES)
 
 
 def flat_of(model: FrozenModel, domain: str, t: int) -> np.ndarray:
@@ -150,15 +148,12 @@ def noise(real: np.ndarray, times: int = 100) -> float:
     return float(np.sqrt(np.square(found).mean()))
 
 
-class Judge:
-    """What the images of a pair of model and domain are compared with."""
+class Judge(judging.Judge):
+    """Decodes latents of a pair of model and domain, and compares the images."""
 
     def __init__(self, model: FrozenModel, domain: str) -> None:
-        self.model, self.domain, self.classifier = model, domain, load_classifier()
-        known = known_of(model, domain, 900)
-        self.fit, self.real = imagenet(known.images), imagenet(known.heldout)
-        self.hits = self.classifier.is_domain(known.heldout, domain)
-        self.floor, self.noise = kid(self.fit, self.real), noise(self.real)
+        super().__init__(domain, known_of(model, domain, 900))
+        self.model, self.noise = model, noise(self.real)
 
     def look(self, latents: np.ndarray, grid: np.ndarray) -> Seen:
         """Decode latents (n, d) and look at every image once."""
@@ -166,7 +161,7 @@ class Judge:
         images = generate(self.model, latent, timesteps=grid).images.float().clamp(-1, 1)
         x = imagenet(images)
         hits = self.classifier.is_domain(images, self.domain)
-        return Seen(x, hits, nearest_ratio(x, self.fit, self.real))
+        return Seen(x, hits, self.ratio(x))
 
     def row(self, seen: Seen, rows: np.ndarray) -> dict[str, object]:
         """Quality of some of the images that were seen."""
@@ -285,25 +280,6 @@ def law_rows(n: int) -> Iterator[dict[str, object]]:
 
 
 # ------------------------------------------------------------------------------------------- tables
-
-
-def append(path: Path, rows: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
-    """Add rows to a table, which may not exist yet."""
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-
-
-def done(path: Path, *columns: str) -> set[tuple[object, ...]]:
-    """Read what a table has already."""
-    if not path.is_file():
-        return set()
-    return set(pd.read_csv(path)[list(columns)].itertuples(index=False, name=None))
 
 
 def pairs(path: Path, models: Sequence[str], imaged: int) -> None:

@@ -15,27 +15,25 @@ is 0.9 or more: a little above the 0.8 that is asked of it on other pairs.
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from judging import Judge, known_of
+from tables import append, done, missing_pairs
 
 from ood_lib import load_model
-from ood_lib.classifier import load_classifier
 from ood_lib.domains import open_images, project_root
 from ood_lib.features import imagenet
 from ood_lib.geometry import Targets, accept
 from ood_lib.inversion import generate
-from ood_lib.metrics import c2st, diversity, jackknife, kid, nearest_ratio, prdc, ratio_of_shares
+from ood_lib.metrics import c2st, diversity, kid, prdc
 from ood_lib.models import FrozenModel, model_names
 from ood_lib.priors import make_prior
-from ood_lib.sampling import Recipe, ReferenceSet, references, sample, twin
-from ood_lib.study import affine_share, unseen_domains
+from ood_lib.sampling import Recipe, ReferenceSet, sample, twin
+from ood_lib.study import affine_share
 
 RESULTS = project_root() / "data" / "results"
 PAIR = ("ddpm-fashion-32", "digits")
@@ -82,52 +80,32 @@ def name_of(prior: str, options: Mapping[str, object], level: object) -> str:
     return ", ".join([prior, *(f"{key} {value}" for key, value in options.items()), str(level)])
 
 
-def known_of(
-    model: FrozenModel,
-    domain: str,
-    sigma: float | None,
-    n: int = REFERENCES,
-    points: int | None = POINTS,
-) -> ReferenceSet:
-    """Get `n` references at a level, or as many as there are."""
-    n = min(n, len(open_images(domain, like=model)))
-    return references(model, domain, sigma=sigma, n=n, points=points)
-
-
-class Judge:
-    """What the draws of a pair of model and domain are compared with."""
+class SamplerJudge(Judge):
+    """Adds what the tables of samplers have beside the other measures."""
 
     def __init__(self, domain: str, known: ReferenceSet, n: int = DRAWS) -> None:
-        self.domain, self.classifier = domain, load_classifier()
-        self.fit, self.real = imagenet(known.images), imagenet(known.heldout)
-        self.hits = self.classifier.is_domain(known.heldout, domain)
-        self.floor = kid(self.fit, self.real)
+        super().__init__(domain, known)
         # real images in the place of draws, as many of them
         self.cover = prdc(self.real[:n], self.real[n:]).coverage
 
     def row(self, images: torch.Tensor) -> dict[str, float]:
         """Every measure of some images, with 95 % intervals."""
         x = imagenet(images)
-        ratio = nearest_ratio(x, self.fit, self.real)
+        ratio = self.ratio(x)
         inside = x[(ratio >= BAND[0]) & (ratio <= BAND[1])]
-        spread = jackknife(lambda a, b: kid(x[a], self.real[b]), len(x), len(self.real))
         told = c2st(x, self.real)
-        share = ratio_of_shares(self.classifier.is_domain(images, self.domain), self.hits)
-        return {
-            "kid": max(spread.value, self.floor),
-            "kid_low": spread.low,
-            "kid_high": spread.high,
-            "kid_floor": self.floor,
+        band = {
             "kid_band": max(kid(inside, self.real), self.floor) if len(inside) > 1 else np.nan,
             "in_band": len(inside) / len(x),
-            "share": share.value,
-            "novelty": float(np.median(ratio)),
+        }
+        rest = {
             "coverage": prdc(x, self.real).coverage / self.cover,
             "diversity": diversity(x, self.real),
             "c2st": told.value,
             "c2st_low": told.low,
             "c2st_high": told.high,
         }
+        return self.distance(x) | band | self.likeness(images, ratio) | rest
 
 
 # ------------------------------------------------------------------------------------------ samplers
@@ -184,31 +162,12 @@ def finalists(
 # -------------------------------------------------------------------------------------------- tables
 
 
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Add rows to a table, which may not exist yet."""
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-
-
-def done(path: Path, *columns: str) -> set[tuple[object, ...]]:
-    """Read what a table has already."""
-    if not path.is_file():
-        return set()
-    return set(pd.read_csv(path)[list(columns)].itertuples(index=False, name=None))
-
-
 def search() -> None:
     """Try every prior at every level on one pair, and its twin in the pixels."""
     path = RESULTS / "sampler_search.csv"
     model, there = load_model(PAIR[0]), done(path, "recipe")
-    at = partial(known_of, model, PAIR[1], points=None)
-    judge = Judge(PAIR[1], at(Recipe.sigma), SEARCH_DRAWS)
+    at = partial(known_of, model, PAIR[1], n=REFERENCES)
+    judge = SamplerJudge(PAIR[1], at(Recipe.sigma), SEARCH_DRAWS)
     for level, (prior, options) in product(LEVELS, SEARCHED):
         name = name_of(prior, options, level)
         if (name,) in there:
@@ -224,10 +183,18 @@ def search() -> None:
         print(name, flush=True)
 
 
+def levels_of(model: FrozenModel, domain: str) -> dict[float | None, ReferenceSet]:
+    """Get the references at the levels of the finalists."""
+    return {
+        sigma: known_of(model, domain, sigma, REFERENCES, POINTS)
+        for sigma in (Recipe.sigma, RELEASED)
+    }
+
+
 def pair_rows(model: FrozenModel, domain: str) -> Iterator[list[dict[str, object]]]:
     """Yield the rows of a pair, seed by seed."""
-    sets = {sigma: known_of(model, domain, sigma) for sigma in (Recipe.sigma, RELEASED)}
-    judge = Judge(domain, sets[Recipe.sigma])
+    sets = levels_of(model, domain)
+    judge = SamplerJudge(domain, sets[Recipe.sigma])
     kept, share = three_rules(sets[RELEASED], DRAWS * SEEDS)
     for seed in range(SEEDS):
         labels = {"model": model.name, "domain": domain, "seed": seed}
@@ -245,13 +212,8 @@ def pair_rows(model: FrozenModel, domain: str) -> Iterator[list[dict[str, object
 def every_pair(models: list[str]) -> None:
     """Draw from the finalists on every pair, and judge them."""
     path = RESULTS / "samplers.csv"
-    there = done(path, "model", "domain")
-    for name in models:
-        model = load_model(name)
-        for domain in unseen_domains(model):
-            if (name, domain) not in there:
-                append(path, [row for rows in pair_rows(model, domain) for row in rows])
-                print(name, domain, flush=True)
+    for model, domain in missing_pairs(path, models):
+        append(path, [row for rows in pair_rows(model, domain) for row in rows])
 
 
 def numbers(models: list[str]) -> None:
@@ -264,8 +226,8 @@ def numbers(models: list[str]) -> None:
         model, rows = load_model(name), []
         most = len(open_images(domain, like=model))
         for n in sorted({min(n, most) for n in NUMBERS}):
-            known = known_of(model, domain, Recipe.sigma, n)
-            judge = Judge(domain, known)
+            known = known_of(model, domain, Recipe.sigma, n, POINTS)
+            judge = SamplerJudge(domain, known)
             for seed in range(SEEDS):
                 rng = [np.random.default_rng([seed, 0]) for _ in range(2)]
                 labels = {"model": name, "domain": domain, "references": n, "seed": seed}
@@ -281,22 +243,13 @@ def numbers(models: list[str]) -> None:
 def affine(models: list[str]) -> None:
     """Measure how much of the latents a linear map of the pixels explains, level by level."""
     path = RESULTS / "affine_share.csv"
-    there = done(path, "model", "domain")
-    for name in models:
-        model = load_model(name)
-        for domain in unseen_domains(model):
-            if (name, domain) in there:
-                continue
-            labels = {"model": name, "domain": domain}
-            sets = {sigma: known_of(model, domain, sigma) for sigma in (Recipe.sigma, RELEASED)}
-            append(
-                path,
-                [
-                    labels | {"sigma": sigma, "share": affine_share(x.images, x.latent)}
-                    for sigma, x in sets.items()
-                ],
-            )
-            print(name, domain, flush=True)
+    for model, domain in missing_pairs(path, models):
+        labels = {"model": model.name, "domain": domain}
+        rows = [
+            labels | {"sigma": sigma, "share": affine_share(x.images, x.latent)}
+            for sigma, x in levels_of(model, domain).items()
+        ]
+        append(path, rows)
 
 
 def main() -> None:

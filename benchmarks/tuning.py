@@ -24,7 +24,6 @@ method on the first pair.
 """
 
 import argparse
-import csv
 import time
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -34,13 +33,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from judging import Judge
+from tables import append
 
 from ood_lib import generate, load_images, load_model
 from ood_lib.backends import write_whole
-from ood_lib.classifier import load_classifier
 from ood_lib.domains import project_root
 from ood_lib.features import imagenet
-from ood_lib.metrics import jackknife, kid, nearest_ratio, prdc, ratio_of_shares
+from ood_lib.metrics import kid, prdc
 from ood_lib.models import FrozenModel
 from ood_lib.rivals import crdi_like, ilvr, sdedit
 from ood_lib.sampling import Recipe, references, sample, twin
@@ -123,36 +123,26 @@ class Pair:
 
     def __init__(self, name: str, domain: str) -> None:
         self.name, self.domain, self.own = name, domain, own_domain(name)
-        self.model, self.classifier = load_model(name), load_classifier()
+        self.model = load_model(name)
         self.known = references(self.model, domain, n=REFERENCES)
         self.own_images = load_images(self.own, split="heldout", like=self.model)
         own_fit = imagenet(load_images(self.own, like=self.model))
-        self.fit, self.real = imagenet(self.known.images), imagenet(self.known.heldout)
+        self.judge = Judge(domain, self.known)
         self.real_own = imagenet(self.own_images)
-        self.hits = self.classifier.is_domain(self.known.heldout, domain)
-        self.floor, self.own_floor = kid(self.fit, self.real), kid(own_fit, self.real_own)
-        self.even, odd = self.real[::2][:DRAWS], self.real[1::2][:DRAWS]
+        self.own_floor = kid(own_fit, self.real_own)
+        self.even, odd = self.judge.real[::2][:DRAWS], self.judge.real[1::2][:DRAWS]
         self.cover = prdc(odd, self.even).coverage
 
     def judged(self, images: torch.Tensor) -> dict[str, float]:
         """Measure images against held-out ones of the unseen domain."""
         x = imagenet(images)
-        spread = jackknife(lambda a, b: kid(x[a], self.real[b]), len(x), len(self.real))
-        share = ratio_of_shares(self.classifier.is_domain(images, self.domain), self.hits)
-        return {
-            "kid": max(spread.value, self.floor),
-            "kid_low": spread.low,
-            "kid_high": spread.high,
-            "kid_floor": self.floor,
-            "share": share.value,
-            "novelty": float(np.median(nearest_ratio(x, self.fit, self.real))),
-            "coverage": prdc(x, self.even).coverage / self.cover,
-        }
+        measured = self.judge.distance(x) | self.judge.likeness(images, self.judge.ratio(x))
+        return measured | {"coverage": prdc(x, self.even).coverage / self.cover}
 
     def judged_at_home(self, images: torch.Tensor) -> dict[str, float]:
         """Measure draws from noise against held-out images of the model's own domain."""
         far = kid(imagenet(images), self.real_own)
-        share = self.classifier.is_domain(images, self.own).mean()
+        share = self.judge.classifier.is_domain(images, self.own).mean()
         return {
             "own_kid": max(far, self.own_floor),
             "own_floor": self.own_floor,
@@ -226,16 +216,6 @@ COLUMNS = (
 pair_of = cache(Pair)
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add a row to a table, which may not exist yet; what a method lacks stays empty."""
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def table(path: Path) -> pd.DataFrame:
     """Read what a table has already."""
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
@@ -276,7 +256,7 @@ def search(path: Path) -> dict[str, float]:
             there = table(path).query("search == 1 and method == @short[@kind] and lr == @lr")
             if there.empty:
                 row, _ = measure(*PAIRS[0], 0, short[kind], {kind: lr})
-                append(path, row | {"search": 1})
+                append(path, [row | {"search": 1}], COLUMNS, digits=6)
                 print("search", short[kind], lr, flush=True)
         rows = table(path).query("search == 1 and method == @short[@kind]")
         chosen[kind] = float(rows.loc[rows.kid.idxmin(), "lr"])
@@ -322,7 +302,7 @@ def main() -> None:
             row, images = measure(*pair, seed, method, rates)
             if tuple(pair) == PAIRS[0] and seed == 0:
                 keep_images(path.with_name("tuning_draws.npz"), method, images)
-            append(path, row)
+            append(path, [row], COLUMNS, digits=6)
             print(*keys.values(), flush=True)
 
 
