@@ -17,7 +17,7 @@ import sep
 import torch
 from scipy.stats import ks_2samp
 
-__all__ = ["PHYSICAL", "Galaxies", "distances", "measure", "physical_distance", "spread"]
+__all__ = ["PHYSICAL", "Galaxies", "distances", "measure", "spread"]
 
 THRESHOLD, PIXELS = 3.0, 5  # a source is so many touching pixels above so many times the noise
 GREY_LEVEL = 1 / 255  # the least noise: below it 8 bits tell nothing
@@ -121,9 +121,8 @@ def _brightest(image: np.ndarray) -> tuple[float, float, float, float]:
     k = int(sources["flux"].argmax())
     alone = np.where((labels == 0) | (labels == k + 1), sky, 0.0)
     x, y, a, b = (float(sources[name][k]) for name in ("x", "y", "a", "b"))
-    theta = float(
-        np.clip(sources["theta"][k], -np.pi / 2, np.pi / 2)
-    )  # single precision rounds out
+    # single precision rounds angles out of their range
+    theta = float(np.clip(sources["theta"][k], -np.pi / 2, np.pi / 2))
     flux, half = _light(alone, x, y, a, b, theta)
     return flux, half, 1 - b / a, float(np.hypot(x - (width - 1) / 2, y - (height - 1) / 2))
 
@@ -139,6 +138,14 @@ def _light(
     return float(flux[0]), float(half[0])
 
 
+def _check_found(galaxies: Galaxies, name: str) -> None:
+    """Refuse a set without any source."""
+    if not galaxies.found.any():
+        raise ValueError(
+            f"no source was found in any of the {len(galaxies)} images of {name}; give images that have some"
+        )
+
+
 def distances(made: Galaxies, real: Galaxies) -> dict[str, float]:
     """Kolmogorov-Smirnov distances of the physical measures of two sets of images.
 
@@ -151,7 +158,8 @@ def distances(made: Galaxies, real: Galaxies) -> dict[str, float]:
     -------
     dict of str to float
         Largest difference of the two distribution functions, from 0 to 1, of "flux", "half_light" and
-        "ellipticity".
+        "ellipticity". Two samples of one law with n and m images are apart by about
+        0.87 (1 / n + 1 / m) ** 0.5 in each.
 
     Raises
     ------
@@ -165,46 +173,14 @@ def distances(made: Galaxies, real: Galaxies) -> dict[str, float]:
     >>> distances(one, Galaxies(value + 9, value, value + 1, value, all_found))["flux"]
     1.0
     """
-    for name, one in {"made": made, "real": real}.items():
-        if not one.found.any():
-            raise ValueError(
-                f"no source was found in any of the {len(one)} images of {name}; give images that have some"
-            )
+    _check_found(made, "made")
+    _check_found(real, "real")
     return {
         name: float(
             ks_2samp(getattr(made, name)[made.found], getattr(real, name)[real.found]).statistic
         )
         for name in PHYSICAL
     }
-
-
-def physical_distance(made: Galaxies, real: Galaxies) -> float:
-    """Find the largest of the Kolmogorov-Smirnov distances of `distances`.
-
-    Parameters
-    ----------
-    made, real : Galaxies
-        From `measure`.
-
-    Returns
-    -------
-    float
-        From 0 to 1. Two samples of one law with n and m images are apart by about
-        0.87 (1 / n + 1 / m) ** 0.5 in each measure.
-
-    Raises
-    ------
-    ValueError
-        If no source was found in a set.
-
-    Examples
-    --------
-    >>> value, all_found = np.arange(3.0), np.ones(3, bool)
-    >>> one = Galaxies(value, value, value, value, all_found)
-    >>> physical_distance(one, one)
-    0.0
-    """
-    return max(distances(made, real).values())
 
 
 def spread(measured: Galaxies) -> float:
@@ -231,8 +207,5 @@ def spread(measured: Galaxies) -> float:
     >>> round(spread(Galaxies(none, none, none, offset, np.isfinite(offset))) ** 2, 9)
     12.5
     """
-    if not measured.found.any():
-        raise ValueError(
-            f"no source was found in any of {len(measured)} images; give images that have some"
-        )
+    _check_found(measured, "measured")
     return float(np.sqrt(np.mean(measured.offset[measured.found] ** 2)))
