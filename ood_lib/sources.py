@@ -460,6 +460,12 @@ def _write_datasheet(path: Path, entry: _Source, arrays: dict[str, np.ndarray]) 
     sheet.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
 
 
+def _train_cache(name: str, folder: Path) -> Path:
+    """Where the training set of a domain is kept once it is read from a folder."""
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    return project_root() / "runs" / "domains" / f"{name}-train-{key}.npy"
+
+
 def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
     """Read the full training set of a domain, resized once and kept in ``runs/domains``.
 
@@ -489,9 +495,7 @@ def train_images(name: str, *, source: Path | None = None) -> np.ndarray:
     entry = _source(name)
     if entry.train is None:
         raise ValueError(f"domain {name!r} has no training set; {', '.join(trainable())} have")
-    folder = source or Path(entry.folder)
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    cache = project_root() / "runs" / "domains" / f"{name}-train-{key}.npy"
+    cache = _train_cache(name, source or Path(entry.folder))
     if not cache.exists():
         images = _to_square(_read(entry, entry.train, source))
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """The command `ood`: a wrong word is one sentence and exit status 2, and nothing is left behind."""
 
 import errno
-import hashlib
 import json
 import shutil
 import sys
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ood_lib import cli, latents
+from ood_lib import cli, latents, sources
 from ood_lib.latents import get
 
 
@@ -136,11 +135,10 @@ def test_a_model_folder_may_be_named_instead_of_a_zoo_model(project, tiny_folder
 
 
 def test_a_model_is_trained_from_the_command_line(project, ood, tmp_path):
-    cache = project / "runs" / "domains"
-    cache.mkdir(parents=True)
     source = tmp_path / "source"  # not there: what was read from it before is enough
-    key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
-    np.save(cache / f"fashion-train-{key}.npy", np.zeros((4, 8, 8, 1), np.uint8))
+    kept = sources._train_cache("fashion", source)
+    kept.parent.mkdir(parents=True)
+    np.save(kept, np.zeros((4, 8, 8, 1), np.uint8))
     out = tmp_path / "made"
     status, text, _ = ood(
         "train",
