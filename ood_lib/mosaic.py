@@ -11,6 +11,7 @@ level.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +54,7 @@ def window_side(noise: float, *, side: int, window: float) -> int:
     return 2 * int(wanted / 2) + 1
 
 
+@lru_cache(maxsize=32)  # a flow asks for the same few for every block of draws
 def _band(length: int, width: int) -> torch.Tensor:
     """Matrix (length, length) that sums over windows of an odd width."""
     place = torch.arange(length)
