@@ -8,14 +8,17 @@ where it beats its twin.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 from ood_lib.backends import write_whole
 from ood_lib.classifier import SIDE, load_classifier
@@ -42,6 +45,9 @@ __all__ = [
 ]
 
 HELD_OUT = 5  # of a folder without splits one image in five is kept for judging
+WINDOWS = (0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.5, 8.0, 10.0, 13.0, 16.0, 20.0)
+NEW_ENOUGH = 0.9  # of the references' own distances; what the search asked of a sampler
+TRIED = 64  # mosaics a window
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Recipe:
     sigma : float or None, default 0.1
         Noise level of the latents, noise over signal, sqrt(1 / alpha_bar - 1); None is the last level.
     options : mapping
-        Parameters of the prior.
+        Parameters of the prior. A mosaic without a `window` gets that of the references.
 
     Examples
     --------
@@ -97,6 +103,38 @@ class ReferenceSet:
     timesteps: np.ndarray
     images: torch.Tensor
     heldout: torch.Tensor
+
+    @cached_property
+    def window(self) -> float:
+        """Widest window whose mosaics of the images are as new as the images are to each other.
+
+        A window is wide enough for pictures that vary smoothly and too wide for others. So mosaics of the
+        pixels are made with a few windows, without a model or held-out images: their median distance to
+        the nearest reference, in the features of `imagenet`, must be 0.9 or more of that from reference
+        to nearest other reference.
+
+        Returns
+        -------
+        float
+            One of `WINDOWS`, as a share of the longer side; the narrowest if none is new enough.
+
+        Examples
+        --------
+        >>> images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        >>> known = ReferenceSet("noise", images, np.array([0.0, 99.0]), images, images)
+        >>> known.window in WINDOWS
+        True
+        """
+        features = imagenet(self.images)
+        usual = np.median(NearestNeighbors(n_neighbors=1).fit(features).kneighbors()[0])
+
+        def too_wide(window: float) -> bool:
+            recipe, rng = Recipe(options={"window": window}), np.random.default_rng(0)
+            made = imagenet(twin(self, recipe, n=TRIED, rng=rng))
+            nearest = NearestNeighbors(n_neighbors=1).fit(features).kneighbors(made)[0]
+            return bool(np.median(nearest) < NEW_ENOUGH * usual)
+
+        return WINDOWS[max(bisect_left(WINDOWS, True, key=too_wide) - 1, 0)]
 
 
 @dataclass(frozen=True)
@@ -279,6 +317,7 @@ def sample(
             f"the recipe decodes from t = {level:g}, the references are at "
             f"t = {known.timesteps[-1]:g}; make them with sigma={recipe.sigma}"
         )
+    recipe = _with_window(recipe, known)
     latent = _drawn(known.latent, recipe, n, rng)
     made = generate(
         model, latent, timesteps=known.timesteps, batch_size=batch_size, progress=progress
@@ -312,7 +351,14 @@ def twin(known: ReferenceSet, recipe: Recipe, *, n: int, rng: np.random.Generato
     >>> twin(known, Recipe("isotropic"), n=2, rng=np.random.default_rng(0)).shape
     torch.Size([2, 1, 4, 4])
     """
-    return _drawn(known.images, recipe, n, rng).float().clamp(-1, 1)
+    return _drawn(known.images, _with_window(recipe, known), n, rng).float().clamp(-1, 1)
+
+
+def _with_window(recipe: Recipe, known: ReferenceSet) -> Recipe:
+    """Add the window of the references to a recipe for mosaics that leaves it open."""
+    if recipe.prior != "mosaic" or "window" in recipe.options:
+        return recipe
+    return replace(recipe, options={**recipe.options, "window": known.window})
 
 
 def _drawn(values: torch.Tensor, recipe: Recipe, n: int, rng: np.random.Generator) -> torch.Tensor:
