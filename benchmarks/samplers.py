@@ -198,6 +198,7 @@ def pair_rows(model: FrozenModel, domain: str) -> Iterator[list[dict[str, object
     kept, share = three_rules(sets[RELEASED], DRAWS * SEEDS)
     for seed in range(SEEDS):
         labels = {"model": model.name, "domain": domain, "seed": seed}
+        labels["window"] = sets[Recipe.sigma].window
         made = dict(finalists(model, sets, seed))
         rng, mine = np.random.default_rng([seed, 9]), kept[seed * DRAWS : (seed + 1) * DRAWS]
         made["released"] = released(model, sets[RELEASED], mine, rng)
@@ -231,6 +232,7 @@ def numbers(models: list[str]) -> None:
             for seed in range(SEEDS):
                 rng = [np.random.default_rng([seed, 0]) for _ in range(2)]
                 labels = {"model": name, "domain": domain, "references": n, "seed": seed}
+                labels["window"] = known.window
                 for sampler, images in (
                     ("default", drawn(model, known, Recipe(), rng[0])),
                     ("default, pixel twin", twin(known, Recipe(), n=DRAWS, rng=rng[1])),

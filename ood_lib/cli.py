@@ -242,6 +242,7 @@ def sample(
     chosen = {"prior": prior, "sigma": sigma}
     recipe = sampling.Recipe(**{key: x for key, x in chosen.items() if x is not None})
     frozen = load_model(model)
+    sampling.check_judgeable(frozen, domain, n=n)
     with _warnings_as_sentences():
         known = sampling.references(frozen, domain, sigma=recipe.sigma, n=references, progress=True)
         made = sampling.sample(

@@ -26,7 +26,7 @@ from ood_lib.domains import domain_names, load_images, open_images
 from ood_lib.features import imagenet
 from ood_lib.inversion import generate
 from ood_lib.latents import LatentSpec, get
-from ood_lib.metrics import SampleQuality, sample_quality
+from ood_lib.metrics import COPY, SampleQuality, sample_quality
 from ood_lib.models import FrozenModel
 from ood_lib.plotting import image_rows
 from ood_lib.priors import make_prior
@@ -35,6 +35,7 @@ __all__ = [
     "Recipe",
     "ReferenceSet",
     "Samples",
+    "check_judgeable",
     "level_of",
     "quality",
     "references",
@@ -44,7 +45,8 @@ __all__ = [
     "write",
 ]
 
-HELD_OUT = 5  # of a folder without splits one image in five is kept for judging
+HELD_OUT = 5  # of a folder without splits one image in five is kept for judging, and
+JUDGES, JUDGED = 28, 14  # so many where there are twice as many; drawn images that can be judged
 WINDOWS = (0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.5, 8.0, 10.0, 13.0, 16.0, 20.0)
 NEW_ENOUGH = 0.9  # of the references' own distances; what the search asked of a sampler
 TRIED = 64  # mosaics a window
@@ -118,6 +120,11 @@ class ReferenceSet:
         float
             One of `WINDOWS`, as a share of the longer side; the narrowest if none is new enough.
 
+        Raises
+        ------
+        ValueError
+            If there is one reference, or half of them are copies of others.
+
         Examples
         --------
         >>> images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -126,7 +133,13 @@ class ReferenceSet:
         True
         """
         features = imagenet(self.images)
+        if len(features) < 2:
+            raise ValueError("a mosaic needs two references or more, not 1")
         usual = np.median(NearestNeighbors(n_neighbors=1).fit(features).kneighbors()[0])
+        if usual <= COPY * np.abs(features).max():
+            raise ValueError(
+                f"half of the {len(features)} references or more are copies of others; remove them"
+            )
 
         def too_wide(window: float) -> bool:
             recipe, rng = Recipe(options={"window": window}), np.random.default_rng(0)
@@ -218,7 +231,7 @@ def references(
         The frozen model.
     domain : str
         A shipped domain, whose splits "fit" and "heldout" are used; or anything that `load_images` takes,
-        of which every fifth image is held out.
+        of which one image in five is held out, or 28, at most half, if that is more.
     sigma : float, optional
         Noise level, as in `Recipe`.
     n : int, optional
@@ -247,7 +260,7 @@ def references(
     shipped = domain in domain_names()
     kept = torch.ones(len(open_images(domain, like=model)), dtype=torch.bool)
     if not shipped:
-        kept[HELD_OUT - 1 :: HELD_OUT] = False
+        kept[_held_out(len(kept))] = False
     count = int(kept.sum())
     if n is not None and not 1 <= n <= count:
         raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
@@ -259,6 +272,45 @@ def references(
     return ReferenceSet(
         domain, found.latent[chosen].double(), found.timesteps, found.images[chosen], heldout
     )
+
+
+def _held_out(n: int) -> np.ndarray:
+    """Places of the images of a folder that are held out, evenly spaced."""
+    count = max(n // HELD_OUT, min(JUDGES, n // 2))
+    return (np.arange(count) + 1) * n // max(count, 1) - 1
+
+
+def check_judgeable(model: FrozenModel, domain: str, *, n: int) -> None:
+    """Refuse, before anything is inverted, what `quality` could not judge in the end.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    domain : str
+        As of `references`.
+    n : int
+        Images to draw.
+
+    Raises
+    ------
+    ValueError
+        If fewer than 14 images are to be drawn, or a folder has fewer than 56.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> check_judgeable(load_model("ddpm-fashion-32"), "digits", n=4)
+    Traceback (most recent call last):
+    ValueError: n is 4; draw 14 images or more, fewer cannot be judged
+    """
+    if n < JUDGED:
+        raise ValueError(f"n is {n}; draw {JUDGED} images or more, fewer cannot be judged")
+    count = len(open_images(domain, like=model))
+    if domain not in domain_names() and count < 2 * JUDGES:
+        raise ValueError(
+            f"{domain} has {count} images; {2 * JUDGES} or more are needed, {JUDGES} of them to judge by"
+        )
 
 
 def sample(

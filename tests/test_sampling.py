@@ -9,6 +9,7 @@ from PIL import Image
 
 from ood_lib import sampling
 from ood_lib.analytic import GaussianLaw, analytic_model
+from ood_lib.features import imagenet
 from ood_lib.inversion import invert
 from ood_lib.models import load_model, zero_model
 from ood_lib.sampling import Recipe, ReferenceSet, level_of, sample, twin
@@ -87,18 +88,21 @@ def test_the_same_seed_draws_the_same_images(affine):
     assert first.images.abs().max() <= 1
 
 
-def test_of_a_folder_every_fifth_image_is_held_out(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("n", "held_out"), [(1, 0), (10, 5), (56, 28), (100, 28), (140, 28), (1000, 200)]
+)
+def test_of_a_folder_enough_images_are_held_out(model, tmp_path, monkeypatch, n, held_out):
     rng = np.random.default_rng(0)
-    for k in range(10):
+    for k in range(n):
         pixels = rng.integers(0, 255, (32, 32), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+        Image.fromarray(pixels).save(tmp_path / f"{k:03d}.png")
     asked = []
     monkeypatch.setattr(
         sampling, "get", lambda spec, **_: asked.append(spec) or _latents(spec, model)
     )
     known = sampling.references(model, str(tmp_path), sigma=0.34, points=7)
-    assert len(known.images) == 8
-    assert len(known.heldout) == 2
+    assert len(known.images) == n - held_out
+    assert len(known.heldout) == held_out
     assert (known.images[:, None] != known.heldout).flatten(2).any(2).all()
     assert (asked[0].t_end, asked[0].points) == (99, 7)
 
@@ -114,6 +118,63 @@ def _latents(spec, model):
 def test_more_references_than_there_are_are_refused(model):
     with pytest.raises(ValueError, match="n is 100000; digits has"):
         sampling.references(model, "digits", n=100_000)
+
+
+@pytest.mark.parametrize(("n", "pictures", "message"), [(13, 60, "n is 13"), (14, 55, "has 55")])
+def test_what_cannot_be_judged_is_refused_first(model, tmp_path, n, pictures, message):
+    for k in range(pictures):
+        Image.new("L", (32, 32), k).save(tmp_path / f"{k}.png")
+    with pytest.raises(ValueError, match=message):
+        sampling.check_judgeable(model, str(tmp_path), n=n)
+
+
+def pictures_of(kind, n=40):
+    """Smooth pictures of a few numbers each, or noise: mosaics of the first are as good as new."""
+    source = torch.Generator().manual_seed(0)
+    if kind == "noise":
+        return torch.rand(n, 1, 32, 32, generator=source) * 2 - 1
+    few = torch.randn(n, 1, 3, 3, generator=source)
+    return torch.nn.functional.interpolate(few, (32, 32), mode="bicubic").clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", ["noise", "smooth"])
+def test_the_window_is_the_widest_that_gives_new_pictures(kind):
+    images = pictures_of(kind)
+    known = ReferenceSet(kind, images, np.array([0.0, 99.0]), images, images)
+    assert np.median(_ratio(known, known.window, images)) >= 0.9
+    wider = sampling.WINDOWS[sampling.WINDOWS.index(known.window) + 1 :]
+    assert all(np.median(_ratio(known, window, images)) < 0.9 for window in wider[:1])
+    assert bool(wider) == (kind == "noise")  # any mosaic of smooth pictures is as new as they are
+
+
+def _ratio(known, window, images):
+    recipe, rng = Recipe(options={"window": window}), np.random.default_rng(0)
+    made = imagenet(twin(known, recipe, n=64, rng=rng))
+    fit = imagenet(images)
+    others = np.sort(np.linalg.norm(fit[:, None] - fit, axis=2), axis=1)[:, 1]
+    return np.linalg.norm(made[:, None] - fit, axis=2).min(axis=1) / np.median(others)
+
+
+def test_draws_use_the_window_and_say_so(model):
+    images = pictures_of("smooth")
+    zero = zero_model(model)
+    made = invert(zero, images.double(), t_end=level_of(zero, 0.1))
+    known = ReferenceSet("smooth", made.latent, made.timesteps, images, images)
+    drawn = sample(zero, known, Recipe(), n=2, rng=np.random.default_rng(0))
+    named = Recipe(options={"window": known.window})
+    assert drawn.recipe == named
+    same = sample(zero, known, named, n=2, rng=np.random.default_rng(0))
+    assert torch.equal(drawn.images, same.images)
+
+
+@pytest.mark.parametrize(
+    ("copies", "message"), [(1, "two references"), (4, "are copies of others")]
+)
+def test_no_window_can_be_told_from_copies(copies, message):
+    images = pictures_of("noise", 1).expand(copies, -1, -1, -1)
+    known = ReferenceSet("copies", images, np.array([0.0, 99.0]), images, images)
+    with pytest.raises(ValueError, match=message):
+        twin(known, Recipe(), n=2, rng=np.random.default_rng(0))
 
 
 def test_what_is_written_can_be_read_again(affine, tmp_path):
