@@ -82,7 +82,12 @@ def _window_sums(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def local_mean(
-    noisy: torch.Tensor, pictures: torch.Tensor, *, noise: float, width: int
+    noisy: torch.Tensor,
+    pictures: torch.Tensor,
+    *,
+    noise: float,
+    width: int,
+    shown: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Mean of the pictures at each pixel, given the window about it of a noisy one.
 
@@ -96,11 +101,13 @@ def local_mean(
         Standard deviation of the noise.
     width : int
         Side of the window in pixels, odd; it ends at the border of the picture.
+    shown : Tensor of shape (m, C, H, W), optional
+        What the mean is taken of, one for each picture; the pictures themselves by default.
 
     Returns
     -------
     Tensor of shape (n, C, H, W)
-        At each pixel a mean of the pictures there, with weights that sum to 1.
+        At each pixel a mean of what is shown there, with weights that sum to 1.
 
     Notes
     -----
@@ -115,7 +122,7 @@ def local_mean(
     >>> local_mean(known, known, noise=0.1, width=3)[:, 0, 0, 0]
     tensor([0., 1.])
     """
-    halves = pictures.square().sum(1) / 2
+    halves, shown = pictures.square().sum(1) / 2, pictures if shown is None else shown
     out = torch.empty_like(noisy)
     step = max(1, AT_ONCE // halves.numel())
     for first in range(0, len(noisy), step):
@@ -123,12 +130,18 @@ def local_mean(
         # |x|^2 is the same for all pictures, so it leaves the weights as they are
         scores = (here * pictures).sum(2) - halves
         weights = _window_sums(scores, width).div_(noise**2).softmax(dim=1)
-        out[first : first + step] = (weights[:, :, None] * pictures).sum(1)
+        out[first : first + step] = (weights[:, :, None] * shown).sum(1)
     return out
 
 
 def flow(
-    pictures: torch.Tensor, start: torch.Tensor, *, spread: float, window: float, steps: int
+    pictures: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    spread: float,
+    window: float,
+    steps: int,
+    shown: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Walk from noise to mosaics of the pictures.
 
@@ -144,11 +157,13 @@ def flow(
         Widest window as a share of the longer side.
     steps : int
         Heun steps, even in the log of the noise from 20 times the spread to 0.04 times.
+    shown : Tensor of shape (m, C, H, W), optional
+        One for each picture, such as its latent: the mosaic shows these in the places of the pictures.
 
     Returns
     -------
     Tensor of shape (n, C, H, W)
-        float32; at each pixel within the range of the pictures.
+        float32; at each pixel within the range of what is shown.
 
     Notes
     -----
@@ -167,9 +182,11 @@ def flow(
     centre = pictures.mean(0)
     known, side = (pictures - centre).float().contiguous(), max(pictures.shape[2:])
 
-    def denoised(state: torch.Tensor, noise: float) -> torch.Tensor:
+    def denoised(
+        state: torch.Tensor, noise: float, shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
         width = window_side(noise, side=side, window=window)
-        return local_mean(state, known, noise=noise * spread, width=width)
+        return local_mean(state, known, noise=noise * spread, width=width, shown=shown)
 
     levels = np.geomspace(FIRST, LAST, steps + 1)
     state = levels[0] * spread * start.float()
@@ -177,4 +194,4 @@ def flow(
         slope = (state - denoised(state, noise)) / noise
         ahead = state + (lower - noise) * slope
         state = state + (lower - noise) / 2 * (slope + (ahead - denoised(ahead, lower)) / lower)
-    return centre.float() + denoised(state, levels[-1])
+    return denoised(state, levels[-1], (pictures if shown is None else shown).float())

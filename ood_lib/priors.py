@@ -142,15 +142,15 @@ class _Prior(BaseEstimator):
     least = 2
     copies = False
 
-    def fit(self, latents: Samples, y: None = None) -> Self:
+    def fit(self, latents: Samples, y: Samples | None = None) -> Self:
         """Estimate the prior.
 
         Parameters
         ----------
         latents : samples of shape (n, d)
             Latents of n images, of any real dtype.
-        y : None
-            Ignored; there for scikit-learn.
+        y : samples of shape (n, d), optional
+            Pictures of the latents, for `Mosaic`; the other priors ignore them.
 
         Returns
         -------
@@ -840,7 +840,8 @@ class Mosaic(_Prior):
     Notes
     -----
     See `ood_lib.mosaic`. A sum of latents shows all its terms at once, like a double exposure; a mosaic
-    shows one at a time, each in its place.
+    shows one at a time, each in its place. Latents are noisy pictures, and noise hides which parts agree; so
+    where the images of the latents are given to `fit`, parts are chosen by these.
 
     Examples
     --------
@@ -856,6 +857,43 @@ class Mosaic(_Prior):
         self.steps = steps
         self.shape = shape
 
+    def fit(self, latents: Samples, y: Samples | None = None) -> Self:
+        """Keep the latents, and what their parts are chosen by.
+
+        Parameters
+        ----------
+        latents : samples of shape (n, d)
+            Latents of n images.
+        y : samples of shape (n, d), optional
+            Pictures that tell which parts agree, such as the images of the latents; by default the latents.
+
+        Returns
+        -------
+        Self
+            The prior, with `pictures_`, their `spread_`, and `shape_`.
+
+        Raises
+        ------
+        ValueError
+            As of every prior, or if there is not one picture for each latent.
+
+        Examples
+        --------
+        >>> latents = np.array([[0.0, 1.0], [5.0, 6.0]])
+        >>> draws = Mosaic(shape=(1, 1, 2)).fit(latents, np.eye(2)).sample(1, np.random.default_rng(0))
+        >>> bool(draws.min() >= 0 and draws.max() <= 6)
+        True
+        """
+        super().fit(latents)
+        self.pictures_ = self.samples_ if y is None else _checked(y, self.least)
+        if self.pictures_.shape != self.samples_.shape:
+            raise ValueError(
+                f"pictures are {self.pictures_.shape}, latents {self.samples_.shape}; give one for each"
+            )
+        variance = _moments(self.pictures_, self.n_features_in_)[1]
+        self.spread_ = float(np.sqrt(variance.mean()))
+        return self
+
     def _check(self, n: int) -> None:
         if not self.window > 0:
             raise ValueError(f"window is {self.window}; use a share of the side above 0, as 0.6")
@@ -868,13 +906,15 @@ class Mosaic(_Prior):
             raise ValueError(
                 f"shape is {self.shape_}; latents have {self.n_features_in_} coordinates"
             )
-        self.spread_ = float(np.sqrt(variance.mean()))
 
     def _draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        known, start = self.samples_[:, :], rng.standard_normal((n, self.n_features_in_))
-        pictures, noise = (torch.from_numpy(x).reshape(-1, *self.shape_) for x in (known, start))
+        start = rng.standard_normal((n, self.n_features_in_))
+        pictures, shown, noise = (
+            torch.from_numpy(np.asarray(x[:, :])).reshape(-1, *self.shape_)
+            for x in (self.pictures_, self.samples_, start)
+        )
         how = {"spread": self.spread_, "window": self.window, "steps": self.steps}
-        return flow(pictures, noise, **how).double().flatten(1).numpy()
+        return flow(pictures, noise, **how, shown=shown).double().flatten(1).numpy()
 
 
 def _square(d: int) -> tuple[int, int, int]:

@@ -38,9 +38,11 @@ __all__ = [
     "check_judgeable",
     "level_of",
     "quality",
+    "reference_count",
     "references",
     "sample",
     "sentence",
+    "spec_of",
     "twin",
     "write",
 ]
@@ -92,6 +94,8 @@ class ReferenceSet:
         Images that a prior is fitted to, in [-1, 1].
     heldout : Tensor of shape (m, C, H, W)
         Images of the domain that no prior sees.
+    solver : str, optional
+        Solver of the way to the latents, and of the way back; that of `invert` by default.
 
     Examples
     --------
@@ -105,6 +109,7 @@ class ReferenceSet:
     timesteps: np.ndarray
     images: torch.Tensor
     heldout: torch.Tensor
+    solver: str | None = None
 
     @cached_property
     def window(self) -> float:
@@ -221,6 +226,7 @@ def references(
     sigma: float | None = Recipe.sigma,
     n: int | None = None,
     points: int | None = None,
+    solver: str | None = None,
     progress: bool = False,
 ) -> ReferenceSet:
     """Invert the references of a domain to a level; latents that are on disk are read.
@@ -238,6 +244,8 @@ def references(
         First `n` references; all by default.
     points : int, optional
         Points of the grid to the level, one more than the network calls; those of `invert` by default.
+    solver : str, optional
+        Of the way there and back; that of `invert` by default.
     progress : bool, default False
         Show a progress bar.
 
@@ -257,27 +265,83 @@ def references(
     Traceback (most recent call last):
     ValueError: unknown domain 'no-such-domain'; known are ...
     """
-    shipped = domain in domain_names()
-    kept = torch.ones(len(open_images(domain, like=model)), dtype=torch.bool)
-    if not shipped:
-        kept[_held_out(len(kept))] = False
-    count = int(kept.sum())
+    shipped, count = domain in domain_names(), reference_count(model, domain)
     if n is not None and not 1 <= n <= count:
         raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
-    way = {"t_end": level_of(model, sigma), "points": points}
-    spec = LatentSpec(model.name, domain, n=n if shipped else None, **way)
+    spec = spec_of(model, domain, sigma=sigma, n=n, points=points, solver=solver)
     found = get(spec, model=model, progress=progress)
+    kept = torch.ones(len(found.images), dtype=torch.bool)
+    if not shipped:
+        kept[_held_out(len(kept))] = False
     heldout = load_images(domain, split="heldout", like=model) if shipped else found.images[~kept]
     chosen = torch.where(kept)[0][:n]
-    return ReferenceSet(
-        domain, found.latent[chosen].double(), found.timesteps, found.images[chosen], heldout
-    )
+    latent, images = found.latent[chosen].double(), found.images[chosen]
+    return ReferenceSet(domain, latent, found.timesteps, images, heldout, solver)
+
+
+def spec_of(
+    model: FrozenModel,
+    domain: str,
+    *,
+    sigma: float | None = Recipe.sigma,
+    n: int | None = None,
+    points: int | None = None,
+    solver: str | None = None,
+) -> LatentSpec:
+    """Name the latents that `references` reads, so that they can be made before.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    domain, sigma, n, points, solver
+        As of `references`.
+
+    Returns
+    -------
+    LatentSpec
+        Of a folder all images are inverted, whatever `n` is.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> spec_of(load_model("ddpm-fashion-32"), "digits", sigma=0.34, n=8).t_end
+    99.0
+    """
+    n = n if domain in domain_names() else None
+    level = level_of(model, sigma)
+    return LatentSpec(model.name, domain, n=n, t_end=level, points=points, solver=solver)
 
 
 def _held_out(n: int) -> np.ndarray:
     """Places of the images of a folder that are held out, evenly spaced."""
     count = max(n // HELD_OUT, min(JUDGES, n // 2))
     return (np.arange(count) + 1) * n // max(count, 1) - 1
+
+
+def reference_count(model: FrozenModel, domain: str) -> int:
+    """Count the images of a domain that a prior can be fitted to.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    domain : str
+        As of `references`.
+
+    Returns
+    -------
+    int
+        Of a folder, those that are not held out.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> reference_count(load_model("ddpm-fashion-32"), "digits")
+    372
+    """
+    count = len(open_images(domain, like=model))
+    return count if domain in domain_names() else count - len(_held_out(count))
 
 
 def check_judgeable(model: FrozenModel, domain: str, *, n: int) -> None:
@@ -370,10 +434,9 @@ def sample(
             f"t = {known.timesteps[-1]:g}; make them with sigma={recipe.sigma}"
         )
     recipe = _with_window(recipe, known)
-    latent = _drawn(known.latent, recipe, n, rng)
-    made = generate(
-        model, latent, timesteps=known.timesteps, batch_size=batch_size, progress=progress
-    )
+    latent = _drawn(known.latent, known, recipe, n, rng)
+    way = {"timesteps": known.timesteps, "solver": known.solver}
+    made = generate(model, latent, **way, batch_size=batch_size, progress=progress)
     return Samples(made.images.float().clamp(-1, 1), latent, made.nfe, recipe)
 
 
@@ -403,7 +466,7 @@ def twin(known: ReferenceSet, recipe: Recipe, *, n: int, rng: np.random.Generato
     >>> twin(known, Recipe("isotropic"), n=2, rng=np.random.default_rng(0)).shape
     torch.Size([2, 1, 4, 4])
     """
-    return _drawn(known.images, _with_window(recipe, known), n, rng).float().clamp(-1, 1)
+    return _drawn(known.images, known, _with_window(recipe, known), n, rng).float().clamp(-1, 1)
 
 
 def _with_window(recipe: Recipe, known: ReferenceSet) -> Recipe:
@@ -413,9 +476,12 @@ def _with_window(recipe: Recipe, known: ReferenceSet) -> Recipe:
     return replace(recipe, options={**recipe.options, "window": known.window})
 
 
-def _drawn(values: torch.Tensor, recipe: Recipe, n: int, rng: np.random.Generator) -> torch.Tensor:
-    """Draw from the prior of a recipe, fitted to latents or pixels (N, C, H, W)."""
-    prior = make_prior(recipe.prior, **recipe.options).fit(values.flatten(1).numpy())
+def _drawn(
+    values: torch.Tensor, known: ReferenceSet, recipe: Recipe, n: int, rng: np.random.Generator
+) -> torch.Tensor:
+    """Draw from the prior of a recipe, fitted to the latents or the pixels (N, C, H, W) of references."""
+    latents, pictures = (x.flatten(1).numpy() for x in (values, known.images))
+    prior = make_prior(recipe.prior, **recipe.options).fit(latents, pictures)
     return torch.from_numpy(prior.sample(n, rng)).reshape(n, *values.shape[1:])
 
 

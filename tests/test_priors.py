@@ -302,6 +302,22 @@ def test_mosaics_are_new_and_each_place_shows_one_latent():
     assert (np.abs(draws).reshape(100, -1).mean(1) > 0.5).all()
 
 
+def test_a_mosaic_shows_latents_in_the_places_of_their_pictures():
+    rng = fresh(0)
+    pictures = rng.standard_normal((6, 256))
+    known = {"window": 0.3, "shape": (1, 16, 16)}
+    of_pictures = Mosaic(**known).fit(pictures).sample(20, fresh(1))
+    # latents that are a function of pixels: the same function of the mosaic, as it shows one at a time
+    of_latents = Mosaic(**known).fit(3 - 2 * pictures, pictures).sample(20, fresh(1))
+    np.testing.assert_allclose(of_latents, 3 - 2 * of_pictures, atol=1e-5)
+    # noise that hides the pictures changes nothing in what is chosen
+    noisy = pictures + 100 * np.arange(6)[:, None]
+    chosen = np.round((Mosaic(**known).fit(noisy, pictures).sample(20, fresh(1)) - of_pictures) / 100)
+    assert len(np.unique(chosen)) > 1
+    with pytest.raises(ValueError, match="give one for each"):
+        Mosaic(**known).fit(pictures, pictures[:5])
+
+
 def test_a_mosaic_depends_on_its_own_noise_only():
     z = torch.from_numpy(fresh().normal(size=(7, 3, 8, 8))).float()
     noise = torch.from_numpy(fresh(1).normal(size=(5, 3, 8, 8))).float()
