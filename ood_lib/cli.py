@@ -259,6 +259,38 @@ def sample(
     typer.echo(f"{sampling.sentence(quality)}: {out}")
 
 
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML: models, domains, priors, solvers, seeds")],
+    out: Annotated[Path, typer.Option(help="folder of the table; a sweep there goes on")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="count jobs, network calls and time, run nothing")
+    ] = False,
+    cores: Annotated[int, typer.Option(help="jobs at a time, one core each")] = 2,
+    profile: Annotated[str, typer.Option(help="of workflow/profiles, where jobs run")] = "local",
+) -> None:
+    """Sample every domain of a grid with every model, and put all measures in one table."""
+    from ood_lib import sweep as sweeps
+
+    typer.echo(str(sweeps.plan(sweeps.read_grid(grid), out)))
+    if not dry_run:
+        typer.echo(str(sweeps.run(grid, out, cores=cores, profile=profile)))
+
+
+@app.command(hidden=True)
+def cell(
+    grid: Annotated[Path, typer.Argument(help="YAML of a sweep")],
+    number: Annotated[int, typer.Argument(help="place among its cells, from 0")],
+    out: Annotated[Path, typer.Option(help="folder of the sweep")],
+) -> None:
+    """Run one job of a sweep."""
+    from ood_lib import sweep as sweeps
+
+    whole = sweeps.read_grid(grid)
+    with _warnings_as_sentences():
+        typer.echo(str(sweeps.run_cell(out, whole, whole.cells()[number])))
+
+
 @classifier_app.command("train")
 def train_domain_classifier(
     out: Annotated[Path | None, typer.Option(help="data/classifier by default")] = None,

@@ -312,7 +312,9 @@ def test_a_mosaic_shows_latents_in_the_places_of_their_pictures():
     np.testing.assert_allclose(of_latents, 3 - 2 * of_pictures, atol=1e-5)
     # noise that hides the pictures changes nothing in what is chosen
     noisy = pictures + 100 * np.arange(6)[:, None]
-    chosen = np.round((Mosaic(**known).fit(noisy, pictures).sample(20, fresh(1)) - of_pictures) / 100)
+    chosen = np.round(
+        (Mosaic(**known).fit(noisy, pictures).sample(20, fresh(1)) - of_pictures) / 100
+    )
     assert len(np.unique(chosen)) > 1
     with pytest.raises(ValueError, match="give one for each"):
         Mosaic(**known).fit(pictures, pictures[:5])
