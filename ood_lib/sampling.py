@@ -56,7 +56,7 @@ TRIED = 64  # mosaics a window
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to sample an unseen domain; the default won the search of `benchmarks/samplers.py`.
+    """How to sample an unseen domain; the default comes from the search of `benchmarks/samplers.py`.
 
     Parameters
     ----------
