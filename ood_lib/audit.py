@@ -138,8 +138,8 @@ class Audit:
     Parameters
     ----------
     out : Path
-        Folder with ``images.csv``, ``summary.csv``, ``gaussianity.csv``, ``separability.csv``,
-        ``audit.json``, ``pictures.npz`` and ``samples``.
+        Folder with ``images.csv``, ``reference.csv``, ``summary.csv``, ``gaussianity.csv``,
+        ``separability.csv``, ``audit.json``, ``pictures.npz`` and ``samples``.
     n : int
         Images.
     reference : str
@@ -200,6 +200,7 @@ class _Reference:
     said: str
     images: torch.Tensor
     latent: torch.Tensor
+    error: torch.Tensor | None
 
 
 def _reference_images(
@@ -232,7 +233,7 @@ def _reference(
             "the model's own domain, or leave --reference out"
         )
     made = invert(model, images, points=POINTS, solver=SOLVER, batch_size=batch_size)
-    return _Reference(said, images, made.latent)
+    return _Reference(said, images, made.latent.cpu(), made.error_estimate)
 
 
 def _digest(image: torch.Tensor) -> bytes:
@@ -263,6 +264,10 @@ class _LatentDetector(OODDetector):
 
     def score_latent(self, latent: np.ndarray) -> np.ndarray:
         return self._scores(latent)
+
+    def score_fitted(self, latent: np.ndarray) -> np.ndarray:
+        """Score what it was fitted to, each under a fit without it."""
+        return self._own_scores(latent)
 
 
 def _flat(latent: torch.Tensor) -> np.ndarray:
@@ -308,15 +313,19 @@ class _Kept:
 
 
 def _score_table(
-    part: LatentSet, names: Sequence[str], detectors: dict[str, _LatentDetector]
+    latent: torch.Tensor,
+    error: torch.Tensor | None,
+    detectors: dict[str, _LatentDetector],
+    *,
+    fitted: bool = False,
 ) -> pd.DataFrame:
-    flat = _flat(part.latent)
-    table = pd.DataFrame({"file": names[part.first_row : part.first_row + len(flat)]})
-    table["squared_norm"] = np.square(flat).mean(1)
-    if part.error_estimate is not None:
-        table["error_estimate"] = part.error_estimate.numpy()
+    """Score latents by everything that one inversion gives; `fitted` for those of the reference."""
+    flat = _flat(latent)
+    table = pd.DataFrame({"squared_norm": np.square(flat).mean(1)})
+    if error is not None:
+        table["error_estimate"] = error.numpy()
     for name, detector in detectors.items():
-        table[name] = detector.score_latent(flat)
+        table[name] = detector.score_fitted(flat) if fitted else detector.score_latent(flat)
     table["outlier"] = -table["mahalanobis"] < detectors["mahalanobis"].offset_
     return table
 
@@ -349,28 +358,27 @@ def _try(part: str, work: Callable[[], Any], left: list[LeftOut]) -> Any:
         return None
 
 
-def _image_measures(table: pd.DataFrame, rng: np.random.Generator) -> list[Measure]:
-    rows = [
-        Measure.of(
-            "ood.outliers",
-            ratio_of_shares(table["outlier"].to_numpy()),
-            len(table),
-            "Share of the images that the Mahalanobis score calls outliers; about 0.05 for new images of "
-            "the reference's kind.",
-        )
-    ]
-    told = {
+def _image_measures(
+    table: pd.DataFrame, own: pd.DataFrame, rng: np.random.Generator
+) -> list[Measure]:
+    rows = []
+    for name, meaning in {
         "latents.squared_norm": "Median squared norm of a latent over its number of coordinates; 1 for "
         "noise, and off 1 for most images, in-domain ones too.",
         "latents.error_estimate": "Median bound on the error of a latent, by the solver; statistics of "
         "latents need it below about 0.05.",
-    }
-    for name, meaning in told.items():
-        column = name.partition(".")[2]
-        if column in table and len(table) > 1:
-            values = median_interval(table[column].to_numpy(), rng=rng)
-            rows.append(Measure.of(name, values, len(table), meaning))
-    return rows
+    }.items():
+        for ending, values in (("", table), (".reference", own)):
+            column = name.partition(".")[2]
+            if column in values and len(values) > 1:
+                found = median_interval(values[column].to_numpy(), rng=rng)
+                rows.append(Measure.of(name + ending, found, len(values), meaning))
+    share = ratio_of_shares(table["outlier"].to_numpy())
+    meaning = (
+        "Share of the images that the Mahalanobis score calls outliers; about 0.05 for new images of the "
+        "reference's kind."
+    )
+    return [*rows, Measure.of("ood.outliers", share, len(table), meaning)]
 
 
 def _reconstruction(
@@ -572,6 +580,8 @@ class _Run:
             x: _LatentDetector(self.model, statistic=x).fit_latent(own) for x in STATISTICS
         }
         kept = _Kept(joint, tripped, {_digest(x) for x in self.known.images})
+        own_table = _score_table(self.known.latent, self.known.error, detectors, fitted=True)
+        _write_rows(self.out / "reference.csv", iter([own_table]))
         _write_rows(self.out / "images.csv", self._tables(parts, detectors, kept))
         return kept
 
@@ -580,14 +590,16 @@ class _Run:
     ) -> Iterator[pd.DataFrame]:
         for part in parts:
             kept.take(part)
-            table = _score_table(part, self.names, detectors)
+            table = _score_table(part.latent, part.error_estimate, detectors)
+            last = part.first_row + len(table)
+            table.insert(0, "file", self.names[part.first_row : last])
             table.insert(1, "psnr", kept.reconstruct(self.model, part, self.batch_size))
             yield table
 
     def describe(self, kept: _Kept) -> None:
         """Measure images one by one, and latents taken together."""
-        table = pd.read_csv(self.out / "images.csv")
-        self.summary += _image_measures(table, self.rng(6))
+        table, own_table = (pd.read_csv(self.out / f"{x}.csv") for x in ("images", "reference"))
+        self.summary += _image_measures(table, own_table, self.rng(6))
         returned = table["psnr"].dropna().to_numpy()
         shared = (self.model, self.known, self.batch_size, self.seed)
         self.add("reconstruction", lambda: _reconstruction(returned, *shared))
