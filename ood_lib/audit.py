@@ -47,7 +47,7 @@ POINTS, SOLVER = 17, "abm2"  # 16 calls: its latents are as near as those of 24 
 JOINT = 2000  # images of joint statistics
 REFERENCES = 128
 FEWEST_REFERENCES = 12  # two halves of six, for the control
-ROUND_TRIPS, OWN_ROUND_TRIPS = 100, 24  # 48 calls each, of which only the images are kept
+ROUND_TRIPS, OWN_ROUND_TRIPS = 64, 24  # 48 calls each, of which only the images are kept
 SAMPLED, DRAWN = 280, 64  # images that draws are made from and judged by, and draws
 NEAR_POINTS = 9  # the way to the level of the draws is short
 JUDGED = 140  # images from which 28 can be held out
@@ -718,7 +718,7 @@ def measure(
     -----
     Every image is inverted with 16 network calls; the latents stay in ``runs/latents``, so a second run is
     short and one that was killed goes on. At most 2,000 images, chosen by `seed`, enter Gaussianity,
-    separability and geometry, 100 a round trip of 48 calls, 280 the draws. `psnr` of the other images is
+    separability and geometry, 64 a round trip of 48 calls, 280 the draws. `psnr` of the other images is
     empty in ``images.csv``.
 
     Examples
