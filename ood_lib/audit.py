@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from ood_lib.detectors import STATISTICS, OODDetector
 # open_images reads a folder in this order; there is no public name for it
 from ood_lib.domains import ImageRows, _folder_files, domain_names, load_images, open_images
 from ood_lib.gram import pairwise_distances
-from ood_lib.inversion import generate, invert, roundtrip
+from ood_lib.inversion import LARGEST_ERROR, generate, invert, roundtrip
 from ood_lib.latents import SHARD, LatentSet, LatentSpec, shards
 from ood_lib.metrics import Interval, median_interval, psnr, ratio_of_shares
 from ood_lib.models import FrozenModel, load_model, model_names
@@ -45,6 +45,7 @@ __all__ = ["Audit", "LeftOut", "Measure", "audit", "measure", "render"]
 
 POINTS, SOLVER = 17, "abm2"  # 16 calls: its latents are as near as those of 24 with ab2
 JOINT = 2000  # images of joint statistics
+MEDIANS = 1000  # values of a median with an interval, whose bootstrap holds 2,000 times as many
 REFERENCES = 128
 FEWEST_REFERENCES = 12  # two halves of six, for the control
 ROUND_TRIPS, OWN_ROUND_TRIPS = 64, 24  # 48 calls each, of which only the images are kept
@@ -54,6 +55,7 @@ JUDGED = 140  # images from which 28 can be held out
 SIMULATED = (256, 100, 50, 32)  # sizes whose null laws are shipped
 PERMUTATIONS, RESAMPLES, BOOTSTRAP = 199, 500, 399
 SHOWN = 16
+RECORD = "audit.json"  # it also marks a folder as that of an audit
 TEMPLATE = Path(__file__).resolve().parent.parent / "notebooks" / "audit.ipynb"
 CALIBRATED = "of the images' latents"
 SCORES = {
@@ -179,12 +181,26 @@ def _out_folder(out: str | Path, inputs: Iterable[Path]) -> Path:
     made = Path(out).resolve()
     if made.exists() and not made.is_dir():
         raise ValueError(f"out {str(out)!r} is a file; give a folder")
+    if made.is_dir() and any(made.iterdir()) and not (made / RECORD).is_file():
+        raise ValueError(
+            f"out {str(out)!r} holds files that no audit made; give a new or empty folder, or that of an "
+            "earlier audit"
+        )
     for folder in inputs:
         if made.is_relative_to(folder):
             raise ValueError(
                 f"out {str(out)!r} lies in {folder}, whose files are the images; give another folder"
             )
     return made
+
+
+def _called_from_cpu(model: FrozenModel, device: str) -> FrozenModel:
+    """Let a network on another device take and give numbers on the CPU, where all else is done."""
+
+    def predict(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        return model.predict(x_t.to(device), t).to(x_t.device)
+
+    return model if device == "cpu" else replace(model, predict=predict)
 
 
 def _model_name(model: str) -> str:
@@ -371,8 +387,11 @@ def _image_measures(
         for ending, values in (("", table), (".reference", own)):
             column = name.partition(".")[2]
             if column in values and len(values) > 1:
-                found = median_interval(values[column].to_numpy(), rng=rng)
-                rows.append(Measure.of(name + ending, found, len(values), meaning))
+                numbers = values[column].to_numpy()
+                if len(numbers) > MEDIANS:
+                    numbers = rng.choice(numbers, MEDIANS, replace=False)
+                found = median_interval(numbers, rng=rng)
+                rows.append(Measure.of(name + ending, found, len(numbers), meaning))
     share = ratio_of_shares(table["outlier"].to_numpy())
     meaning = (
         "Share of the images that the Mahalanobis score calls outliers; about 0.05 for new images of the "
@@ -495,10 +514,7 @@ def _samples(
     rng = np.random.default_rng([seed, 4])
     drawn = sampling.sample(model, known, recipe, n=DRAWN, rng=rng, batch_size=batch_size)
     twin = sampling.twin(known, recipe, n=DRAWN, rng=np.random.default_rng([seed, 4]))
-    folder = out / "samples"
-    if folder.is_dir() and not folder.is_symlink():
-        rmtree(folder)
-    sampling.write(folder, drawn, known, {"seed": seed})
+    sampling.write(out / "samples", drawn, known, {"seed": seed})
     return drawn, known, twin
 
 
@@ -600,6 +616,7 @@ class _Run:
         """Measure images one by one, and latents taken together."""
         table, own_table = (pd.read_csv(self.out / f"{x}.csv") for x in ("images", "reference"))
         self.summary += _image_measures(table, own_table, self.rng(6))
+        self._doubt(table)
         returned = table["psnr"].dropna().to_numpy()
         shared = (self.model, self.known, self.batch_size, self.seed)
         self.add("reconstruction", lambda: _reconstruction(returned, *shared))
@@ -618,6 +635,16 @@ class _Run:
         if kept.copies:
             reason = f"{kept.copies} copies of other images, which statistics of independent images refuse"
             self.left.append(LeftOut("copies, in what is measured of images together", reason))
+
+    def _doubt(self, table: pd.DataFrame) -> None:
+        """Say so where latents are further off than statistics of latents take."""
+        error = table["error_estimate"].median() if "error_estimate" in table else np.nan
+        if not error <= LARGEST_ERROR:
+            reason = (
+                f"the median bound on their error is {error:.2g}, above {LARGEST_ERROR:g}: what is told of "
+                "latents is rough"
+            )
+            self.left.append(LeftOut("a proof that the latents converged", reason))
 
     def draw(self, rows: Sequence[int]) -> None:
         """Draw new images and judge them, as far as the number of images allows."""
@@ -658,8 +685,7 @@ class _Run:
             "left_out": [asdict(x) for x in self.left],
             "calls": {"scores": POINTS - 1, "round_trip": 48, "samples": NEAR_POINTS - 1},
         }
-        text = json.dumps(record, indent=2) + "\n"
-        write_whole(self.out / "audit.json", lambda partial: partial.write_text(text, "utf-8"))
+        _write_json(self.out / RECORD, record)
         return Audit(
             self.out, len(self.names), self.known.said, tuple(self.summary), tuple(self.left)
         )
@@ -733,15 +759,32 @@ def measure(
     names = [path.relative_to(folder).as_posix() for path in _folder_files(folder)]
     left = _known_beforehand(len(names))
     name = _model_name(model)
-    frozen = load_model(name, device=device, revision=revision, backend=backend)
+    loaded = load_model(name, device=device, revision=revision, backend=backend)
+    frozen = _called_from_cpu(loaded, device)
     known = _reference(frozen, name, beside, seed, batch_size)
     spec = LatentSpec(frozen.name, str(folder), points=POINTS, solver=SOLVER, revision=revision)
-    options = {"device": device, "shard": shard, "batch_size": batch_size, "progress": progress}
+    parts = shards(spec, model=frozen, shard=shard, batch_size=batch_size, progress=progress)
+    settings = {"model": frozen.name, "images": folder.name, "seed": seed}
     run = _Run(frozen, folder, made_in, seed, batch_size, known, names, left)
-    kept = run.score(shards(spec, model=frozen, **options))
+    _begin(made_in, settings)
+    kept = run.score(parts)
     run.describe(kept)
     run.draw(kept.rows)
-    return run.write({"model": frozen.name, "images": folder.name, "seed": seed})
+    return run.write(settings)
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """Mark the folder as that of an audit, and take away what an earlier one left there."""
+    if (out / RECORD).is_file():
+        for name in ("pictures.npz", "gaussianity.csv", "separability.csv"):
+            (out / name).unlink(missing_ok=True)
+        rmtree(out / "samples", ignore_errors=True)
+    _write_json(out / RECORD, settings)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def _known_beforehand(n: int) -> list[LeftOut]:
@@ -780,12 +823,12 @@ def render(out: str | Path, *, progress: bool = False) -> Path:
     --------
     >>> render("no-such-folder")
     Traceback (most recent call last):
-    ValueError: no-such-folder has no audit.json; measure comes first
+    ValueError: no-such-folder holds no finished audit; measure comes first
     """
     _check_renderer()
     folder = Path(out)
-    if not (folder / "audit.json").is_file():
-        raise ValueError(f"{folder} has no audit.json; measure comes first")
+    if not (folder / "pictures.npz").is_file():
+        raise ValueError(f"{folder} holds no finished audit; measure comes first")
     folder = folder.resolve()
     report = execute_notebook(
         TEMPLATE, folder / "report.ipynb", {"results_dir": "."}, cwd=folder, progress=progress
