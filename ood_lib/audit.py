@@ -2,8 +2,9 @@
 
 Images are inverted in shards, 14 network calls each, and scored on the way, so that memory does not grow
 with their number. Statistics of images taken together (Gaussianity, separability, geometry) read a seeded
-choice of them; round trips, which cost more than three times as many calls, and draws of new images fewer still. What
-cannot be measured on the images that are there is left out, with the reason, and the rest is done.
+choice of them. Round trips, which cost more than three times as many calls, and draws of new images read
+fewer still. What cannot be measured on the images that are there is left out, with the reason, and the rest
+is done.
 
 `measure` writes tables, `render` a page from them, `audit` does both.
 """
