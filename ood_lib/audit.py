@@ -44,7 +44,8 @@ from ood_lib.study import own_domain
 
 __all__ = ["Audit", "LeftOut", "Measure", "audit", "measure", "render"]
 
-POINTS, SOLVER = 15, "abm2"  # 14 calls: latents within 0.05 of the converged ones, on five pairs of six
+# 14 calls: on five of six pairs of model and domain the median latent was within 0.05 of the converged one
+POINTS, SOLVER = 15, "abm2"
 JOINT = 2000  # images of joint statistics
 PAIRS = 1000  # those of statistics of pairs, whose memory grows with the square
 MEDIANS = 1000  # values of a median with an interval, whose bootstrap holds 2,000 times as many
