@@ -60,7 +60,6 @@ PERMUTATIONS, RESAMPLES, BOOTSTRAP = 199, 500, 399
 SHOWN = 16
 RECORD = "audit.json"  # it also marks a folder as that of an audit
 TEMPLATE = Path(__file__).resolve().parent.parent / "notebooks" / "audit.ipynb"
-CALIBRATED = "of the images' latents"
 SCORES = {
     "norm": "norm of the latent",
     "distance": "distance of the latent to the mean of the reference's",
@@ -425,7 +424,10 @@ def _gaussianity(
     rows = next((size for size in SIMULATED if size <= len(latent)), len(latent))
     noise = rng.standard_normal(latent.shape, dtype=np.float32)
     tables, made = [], []
-    for name, values, who in (("", latent, CALIBRATED), (".noise", noise, "of noise, a control")):
+    for name, values, who in (
+        ("", latent, "of the images' latents"),
+        (".noise", noise, "of noise, a control"),
+    ):
         test_rng = np.random.default_rng([seed, 3])
         found = gaussianity.report(values, rng=test_rng, rows=rows, bootstrap=BOOTSTRAP)
         tables.append(found.to_frame().assign(sample=name.lstrip(".") or "images"))
@@ -472,7 +474,7 @@ def _separability(
 def _geometry(latent: np.ndarray, name: str, who: str) -> list[Measure]:
     found = geometry.measure(latent)
     told = {
-        "norm": (found.norm, f"Mean norm {who}; {latent.shape[1] ** 0.5:.1f} for noise."),
+        "norm": (found.norm, f"Mean norm of {who}; {latent.shape[1] ** 0.5:.1f} for noise."),
         "distance": (
             found.distance,
             f"Mean distance of two {who}; {(2 * latent.shape[1]) ** 0.5:.1f} for noise.",
@@ -487,7 +489,7 @@ def _geometry(latent: np.ndarray, name: str, who: str) -> list[Measure]:
         ),
         "effective_rank": (
             found.effective_rank,
-            f"Number of directions that share the variance {who}; {latent.shape[1]} for noise.",
+            f"Number of directions that share the variance of {who}; {latent.shape[1]} for noise.",
         ),
     }
     return [
