@@ -44,6 +44,7 @@ __all__ = [
     "chapter_slugs",
     "check_parameters",
     "data_of",
+    "execute_notebook",
     "expects_verdicts",
     "figure_of",
     "html_is_fresh",
@@ -748,37 +749,77 @@ def _kernel_environment(scale: str) -> Iterator[None]:
 
 
 def _execute(slug: str, params: Mapping[str, Any], scale: str, progress: bool) -> NotebookNode:
-    """Run the notebook in a fresh kernel; one that fails is kept under ``runs/failed``."""
+    """Run a chapter in a fresh kernel; one that fails is kept under ``runs/failed``."""
+    kept = project_root() / "runs" / "failed" / f"{slug}.ipynb"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    options = {"cwd": project_root(), "scale": scale, "progress": progress}
+    notebook = execute_notebook(notebook_path(slug), kept, params, **options)
+    kept.unlink()
+    return notebook
+
+
+def execute_notebook(
+    source: Path,
+    target: Path,
+    params: Mapping[str, Any],
+    *,
+    cwd: Path,
+    scale: str = "book",
+    progress: bool = False,
+) -> NotebookNode:
+    """Run a notebook in a fresh kernel, with the environment of the book.
+
+    Parameters
+    ----------
+    source : Path
+        The notebook.
+    target : Path
+        Where it is written as it runs.
+    params : mapping
+        Values that replace those of its parameters cell; they are not checked.
+    cwd : Path
+        Working folder of the kernel.
+    scale : str, default "book"
+        What the notebook is told in ``OOD_SCALE``.
+    progress : bool, default False
+        Show a bar of the cells.
+
+    Returns
+    -------
+    NotebookNode
+        The executed notebook.
+
+    Raises
+    ------
+    ChapterFailed
+        If a cell raises or the kernel dies.
+    """
     import papermill
     import zmq
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    kept = project_root() / "runs" / "failed" / f"{slug}.ipynb"
-    kept.parent.mkdir(parents=True, exist_ok=True)
     # Encrypted where it can be: on a shared machine others could read the plain channel.
     encryption = {"transport_encryption": "auto" if zmq.has("curve") else "disabled"}
     options = {
         "kernel_name": "python3",
         "language": "python",
-        "cwd": project_root(),
+        "cwd": cwd,
         "progress_bar": progress,
         "config": Config({"KernelManager": encryption}),
     }
     try:
         with _kernel_environment(scale):
-            notebook = papermill.execute_notebook(
-                notebook_path(slug), kept, dict(params), **options
-            )
+            return papermill.execute_notebook(source, target, dict(params), **options)
     except papermill.PapermillExecutionError as error:
         raise ChapterFailed(
-            f"chapter {slug} failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue} "
-            f"(the notebook with its traceback is {_from_root(kept)})"
+            f"chapter {source.stem} failed in cell {error.cell_index + 1}: {error.ename}: "
+            f"{error.evalue} (the notebook with its traceback is {_from_root(target)})"
         ) from error
     except DeadKernelError as error:
-        raise ChapterFailed(f"chapter {slug}: the kernel died, often for want of memory") from error
-    kept.unlink()
-    return notebook
+        raise ChapterFailed(
+            f"chapter {source.stem}: the kernel died, often for want of memory"
+        ) from error
 
 
 def _storable(slug: str, notebook: NotebookNode) -> str:

@@ -1,4 +1,4 @@
-"""The command ``ood``: train, build domains, invert, run chapters."""
+"""The command ``ood``: train, build domains, invert, sample, audit, run chapters."""
 
 from __future__ import annotations
 
@@ -257,6 +257,44 @@ def sample(
         quality = sampling.quality(made.images, known)
     sampling.write(out, made, known, {"model": model, "seed": seed} | quality.as_dict())
     typer.echo(f"{sampling.sentence(quality)}: {out}")
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Option(help="zoo name, diffusers folder or hub id")],
+    images: Annotated[Path, typer.Option(help="folder of image files")],
+    out: Annotated[Path, typer.Option(help="folder for the tables and the page")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="folder of the model's own domain, held out from its training"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="source of every choice")] = 0,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or openvino")] = "auto",
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="images in a network call")] = 64,
+    shard: Annotated[int, typer.Option(help="images in a file; memory holds so many")] = 256,
+) -> None:
+    """Measure your own images under a frozen model: tables and a page of what they show."""
+    from ood_lib import audit as library
+
+    with _warnings_as_sentences():
+        found, page = library.audit(
+            model,
+            images,
+            out,
+            reference=reference,
+            seed=seed,
+            revision=revision,
+            backend=backend,
+            device=device,
+            batch_size=batch_size,
+            shard=shard,
+            progress=True,
+        )
+    for part in found.left_out:
+        typer.echo(f"left out: {part.part} ({part.reason})", err=True)
+    typer.echo(f"{found.n} images, {len(found.summary)} numbers: {page}")
 
 
 @app.command()

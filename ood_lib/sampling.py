@@ -36,6 +36,7 @@ __all__ = [
     "ReferenceSet",
     "Samples",
     "check_judgeable",
+    "held_out",
     "level_of",
     "quality",
     "reference_count",
@@ -272,7 +273,7 @@ def references(
     found = get(spec, model=model, progress=progress)
     kept = torch.ones(len(found.images), dtype=torch.bool)
     if not shipped:
-        kept[_held_out(len(kept))] = False
+        kept[held_out(len(kept))] = False
     heldout = load_images(domain, split="heldout", like=model) if shipped else found.images[~kept]
     chosen = torch.where(kept)[0][:n]
     latent, images = found.latent[chosen].double(), found.images[chosen]
@@ -313,8 +314,24 @@ def spec_of(
     return LatentSpec(model.name, domain, n=n, t_end=level, points=points, solver=solver)
 
 
-def _held_out(n: int) -> np.ndarray:
-    """Places of the images of a folder that are held out, evenly spaced."""
+def held_out(n: int) -> np.ndarray:
+    """Places of the images of a folder that are held out, evenly spaced.
+
+    Parameters
+    ----------
+    n : int
+        Images in the folder.
+
+    Returns
+    -------
+    ndarray of int
+        One in five, or 28 if that is more, and at most half.
+
+    Examples
+    --------
+    >>> held_out(6)
+    array([1, 3, 5])
+    """
     count = max(n // HELD_OUT, min(JUDGES, n // 2))
     return (np.arange(count) + 1) * n // max(count, 1) - 1
 
@@ -341,7 +358,7 @@ def reference_count(model: FrozenModel, domain: str) -> int:
     372
     """
     count = len(open_images(domain, like=model))
-    return count if domain in domain_names() else count - len(_held_out(count))
+    return count if domain in domain_names() else count - len(held_out(count))
 
 
 def check_judgeable(model: FrozenModel, domain: str, *, n: int) -> None:
