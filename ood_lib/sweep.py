@@ -140,10 +140,8 @@ class Grid:
     Examples
     --------
     >>> grid = Grid(models=("ddpm-fashion-32",), domains=("digits", "fashion"), seeds=(0, 1))
-    >>> [cell.name for cell in grid.cells()][0].split("-")[-1] == grid.cells()[0].name.split("-")[-1]
-    True
-    >>> len(grid.cells())
-    2
+    >>> [(cell.domain, cell.seed) for cell in grid.cells()]
+    [('digits', 0), ('digits', 1)]
     """
 
     models: tuple[str, ...]
@@ -342,10 +340,11 @@ def _check_values(name: str, grid: Grid) -> None:
         for value in getattr(grid, key):
             if value not in known:
                 raise ValueError(f"{name}: {key} has {value!r}{_nearest(value, known)}")
-    for cell in grid.cells():
-        check_judgeable(_model(cell.model), cell.domain, n=grid.draws)
-    if not grid.cells():
+    pairs = {(cell.model, cell.domain) for cell in grid.cells()}
+    if not pairs:
         raise ValueError(f"{name} has no job: each model meets its own domain only")
+    for model, domain in sorted(pairs):
+        check_judgeable(_model(model), domain, n=grid.draws)
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
@@ -432,7 +431,6 @@ def run_cell(out: Path, grid: Grid, cell: Cell) -> Path:
     row = asdict(cell) | {"references": len(known.images), "draws": grid.draws, "nfe": made.nfe}
     row |= {"window": made.recipe.options.get("window")} | _measures(quality(made.images, known))
     pixels = made.images[:SHOWN].add(1).mul(127.5).round().byte().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: _save(partial, row, pixels))
     return path
 
@@ -471,18 +469,18 @@ def plan(grid: Grid, out: Path) -> Plan:
     Plan
         Jobs, network calls and an estimate of the time; a call of each model is timed for it.
     """
-    left = [cell for cell in grid.cells() if not path_of(out, grid, cell).is_file()]
+    cells = grid.cells()
+    left = [cell for cell in cells if not path_of(out, grid, cell).is_file()]
     calls: dict[str, int] = dict.fromkeys(grid.models, 0)
     for cell in left:
         calls[cell.model] += grid.draws * grid.calls(cell)
-    for cell in {grid.latents(cell): cell for cell in left}.values():
-        spec = grid.latents(cell)
+    for spec, cell in {grid.latents(cell): cell for cell in left}.items():
         if not latents_path(spec).is_dir():
             n = spec.n or len(open_images(cell.domain, like=_model(cell.model)))
             calls[cell.model] += n * grid.calls(cell)
     seconds = len(left) * BESIDE_CALLS
     seconds += sum(n * _seconds_a_call(name) for name, n in calls.items() if n)
-    return Plan(len(grid.cells()), len(grid.cells()) - len(left), sum(calls.values()), seconds)
+    return Plan(len(cells), len(cells) - len(left), sum(calls.values()), seconds)
 
 
 def _seconds_a_call(name: str) -> float:
@@ -531,24 +529,25 @@ def run(
     if profile not in profiles:
         raise ValueError(f"unknown profile {profile!r}{_nearest(profile, profiles)}")
     out.mkdir(parents=True, exist_ok=True)
+    paths = _paths(out, grid)
     log = out / "workflow.log"
     with log.open("wb") as lines:
         command = command_of(grid_file, out, cores=cores, profile=profile)
         process = subprocess.Popen(command, cwd=root, stdout=lines, stderr=subprocess.STDOUT)
-        with tqdm(total=len(grid.cells()), disable=not progress, unit="job", mininterval=10) as bar:
+        with tqdm(total=len(paths), disable=not progress, unit="job", mininterval=10) as bar:
             while process.poll() is None:
                 time.sleep(POLL)
-                bar.update(_done(grid, out) - bar.n)
+                bar.update(sum(path.is_file() for path in paths) - bar.n)
     if process.returncode:
         raise RuntimeError(
-            f"{len(grid.cells()) - _done(grid, out)} of {len(grid.cells())} jobs are missing; "
+            f"{sum(not path.is_file() for path in paths)} of {len(paths)} jobs are missing; "
             f"{log} says why, and the same command goes on with them"
         )
     return out / "table.parquet"
 
 
-def _done(grid: Grid, out: Path) -> int:
-    return sum(path_of(out, grid, cell).is_file() for cell in grid.cells())
+def _paths(out: Path, grid: Grid) -> list[Path]:
+    return [path_of(out, grid, cell) for cell in grid.cells()]
 
 
 def command_of(grid_file: Path, out: Path, *, cores: int = 2, profile: str = "local") -> list[str]:
@@ -629,7 +628,7 @@ def write_table(out: Path, grid: Grid) -> Path:
     ValueError
         If a cell has no file yet.
     """
-    paths = [path_of(out, grid, cell) for cell in grid.cells()]
+    paths = _paths(out, grid)
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} cells have no file, such as {missing[0]}; run the sweep")

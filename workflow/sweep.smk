@@ -18,14 +18,15 @@ GRID = read_grid(FILE)
 PYTHON = shlex.quote(sys.executable)
 OOD = f"OMP_NUM_THREADS=1 {PYTHON} -m ood_lib.cli"
 STAMPS = OUT / "stamps"
-CELLS = {path_of(OUT, GRID, cell).name: k for k, cell in enumerate(GRID.cells())}
-SPECS = [GRID.latents(cell) for cell in GRID.cells()]
-LATENTS = {latents_path(spec).name + "." + Path(spec.model).name: spec for spec in SPECS}
+JOBS = [(path_of(OUT, GRID, cell).name, GRID.latents(cell)) for cell in GRID.cells()]
+CELLS = {name: k for k, (name, _) in enumerate(JOBS)}
 
 
-def latents_stamp(name):
-    spec = SPECS[CELLS[name]]
-    return STAMPS / "latents" / next(key for key, other in LATENTS.items() if other == spec)
+def name_of(spec):
+    return f"{latents_path(spec).name}.{Path(spec.model).name}"
+
+
+LATENTS = {name_of(spec): spec for _, spec in JOBS}
 
 
 localrules:
@@ -52,7 +53,7 @@ rule latents:
 
 rule cell:
     input:
-        lambda w: ancient(latents_stamp(w.cell)),
+        lambda w: ancient(STAMPS / "latents" / name_of(JOBS[CELLS[w.cell]][1])),
     output:
         update(OUT / "cells" / "{cell}"),
     params:
