@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.sweep import read_grid, run, run_cell
 
 MODEL, DOMAIN = "ddpm-fashion-32", "digits"

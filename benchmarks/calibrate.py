@@ -26,7 +26,7 @@ from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
 from ood_lib import latents, nulls
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.gaussianity import FAMILIES, report
 
 ROOT = project_root()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ood_lib import invert, load_images, load_model
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.models import FrozenModel, model_names
 
 TABLE = project_root() / "data" / "results" / "inversion_error.csv"

@@ -32,8 +32,8 @@ from scipy.stats import t as student
 from tables import append, done
 
 from ood_lib import generate, load_model
-from ood_lib.domains import project_root
 from ood_lib.features import imagenet
+from ood_lib.files import project_root
 from ood_lib.geometry import RULES, Targets, accept
 from ood_lib.metrics import jackknife, kid, ratio_of_shares
 from ood_lib.models import FrozenModel, model_names

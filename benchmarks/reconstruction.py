@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 
 from ood_lib import generate, invert, load_images, load_model
-from ood_lib.backends import write_whole
-from ood_lib.domains import project_root
+from ood_lib.files import project_root, write_text
 from ood_lib.metrics import psnr
 from ood_lib.models import FrozenModel
 from ood_lib.schedule import uniform_t
@@ -101,7 +100,7 @@ def main() -> None:
                 new.insert(0, "model", name)
                 table = pd.concat([table, new], ignore_index=True) if len(table) else new
                 text = table.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-                write_whole(TABLE, lambda path, text=text: path.write_text(text))
+                write_text(TABLE, text)
                 print(f"{name}, {network}, {start}: measured", flush=True)
 
 

@@ -28,8 +28,9 @@ from judging import Judge, known_of
 from tables import append, done, missing_pairs
 
 from ood_lib import load_model
-from ood_lib.domains import open_images, project_root
+from ood_lib.domains import open_images
 from ood_lib.features import imagenet
+from ood_lib.files import project_root
 from ood_lib.geometry import Targets, accept
 from ood_lib.inversion import generate
 from ood_lib.metrics import c2st, diversity, kid, prdc

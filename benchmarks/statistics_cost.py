@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ood_lib import gaussianity, geometry, gram, separability
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 
 TABLE = project_root() / "data" / "results" / "statistics_cost.csv"
 SHAPES = {3072: (3, 32, 32), 24576: (6, 64, 64), 196608: (3, 256, 256)}

@@ -37,9 +37,9 @@ from judging import Judge
 from tables import append
 
 from ood_lib import generate, load_images, load_model
-from ood_lib.backends import write_whole
-from ood_lib.domains import project_root
+from ood_lib.domains import to_bytes
 from ood_lib.features import imagenet
+from ood_lib.files import project_root, write_whole
 from ood_lib.metrics import kid, prdc
 from ood_lib.models import FrozenModel
 from ood_lib.rivals import crdi_like, ilvr, sdedit
@@ -237,7 +237,7 @@ def measure(
 def keep_images(path: Path, method: str, images: torch.Tensor) -> None:
     """Add the first images of a method to those of the others, whose run may have been stopped."""
     kept = dict(np.load(path)) if path.is_file() else {}
-    pixels = images[:SHOWN].add(1).mul(127.5).round().byte().numpy()
+    pixels = to_bytes(images[:SHOWN])
     write_whole(path, lambda partial: save(partial, kept | {method: pixels}))
 
 

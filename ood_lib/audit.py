@@ -11,7 +11,6 @@ is done.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,12 +28,10 @@ import yaml
 from nbformat import write as write_notebook
 
 from ood_lib import gaussianity, geometry, sampling, separability
-from ood_lib.backends import write_whole
 from ood_lib.chapters import execute_notebook
 from ood_lib.detectors import STATISTICS, OODDetector
-
-# open_images reads a folder in this order; there is no public name for it
-from ood_lib.domains import ImageRows, _folder_files, domain_names, load_images, open_images
+from ood_lib.domains import ImageRows, folder_files, load_images, open_images, to_bytes
+from ood_lib.files import write_json, write_text, write_whole
 from ood_lib.gram import pairwise_distances
 from ood_lib.inversion import LARGEST_ERROR, generate, invert, roundtrip
 from ood_lib.latents import SHARD, LatentSet, LatentSpec, shards
@@ -225,15 +222,15 @@ def _reference_images(
     model: FrozenModel, name: str, folder: Path | None, rng: np.random.Generator
 ) -> tuple[str, torch.Tensor]:
     """Find images of the model's own domain, and say where they come from."""
-    known = name in model_names() and "-" in name and own_domain(name) in domain_names()
-    if folder is None and not known:
+    own = own_domain(name)
+    if folder is None and own is None:
         noise = torch.from_numpy(rng.standard_normal((REFERENCES, *model.sample_shape)))
         said = (
             f"{REFERENCES} images that the model itself made of noise, for want of real ones "
             "(--reference): they show what it makes, not what its domain is"
         )
         return said, generate(model, noise).images.float().clamp(-1, 1)
-    source, split = (str(folder), "fit") if folder else (own_domain(name), "heldout")
+    source, split = (str(folder), "fit") if folder else (own, "heldout")
     count = min(REFERENCES, len(open_images(source, split=split, like=model)))
     images = load_images(source, n=count, split=split, like=model, rng=rng)
     what = folder.name if folder else f"held-out {source}, the model's own domain"
@@ -352,14 +349,10 @@ def _write_rows(path: Path, tables: Iterator[pd.DataFrame]) -> None:
     """Write tables one below the other; the file is whole or not there."""
 
     def write(partial: Path) -> None:
-        try:
-            # a file name may hold bytes that are no text
-            with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                for k, table in enumerate(tables):
-                    table.to_csv(file, header=k == 0, index=False, float_format="%.6g")
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        # a file name may hold bytes that are no text
+        with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            for k, table in enumerate(tables):
+                table.to_csv(file, header=k == 0, index=False, float_format="%.6g")
 
     write_whole(path, write)
 
@@ -565,10 +558,6 @@ def _nearest(images: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------- all of it
 
 
-def _bytes(images: torch.Tensor) -> np.ndarray:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-
-
 @dataclass
 class _Run:
     """An audit in the making."""
@@ -638,9 +627,9 @@ class _Run:
             "geometry of the reference",
             lambda: _geometry(_flat(own), ".reference", "latents of the reference"),
         )
-        self.pictures["image"] = _bytes(torch.cat(kept.images))
-        self.pictures["reconstruction"] = _bytes(torch.cat(kept.returned))
-        self.pictures["reference"] = _bytes(self.known.images[:SHOWN])
+        self.pictures["image"] = to_bytes(torch.cat(kept.images))
+        self.pictures["reconstruction"] = to_bytes(torch.cat(kept.returned))
+        self.pictures["reference"] = to_bytes(self.known.images[:SHOWN])
         if kept.copies:
             reason = f"{kept.copies} copies of other images, which statistics of independent images refuse"
             self.left.append(LeftOut("copies, in what is measured of images together", reason))
@@ -661,9 +650,9 @@ class _Run:
         if made is None:
             return
         drawn, known, twin = made
-        self.pictures["sample"] = _bytes(drawn.images[:SHOWN])
-        self.pictures["nearest"] = _bytes(_nearest(drawn.images[:SHOWN], known.images))
-        self.pictures["twin"] = _bytes(twin[:SHOWN])
+        self.pictures["sample"] = to_bytes(drawn.images[:SHOWN])
+        self.pictures["nearest"] = to_bytes(_nearest(drawn.images[:SHOWN], known.images))
+        self.pictures["twin"] = to_bytes(twin[:SHOWN])
         if len(self.names) >= JUDGED:
             who = (
                 ("", drawn.images, "the draws"),
@@ -695,7 +684,7 @@ class _Run:
             "left_out": [asdict(x) for x in self.left],
             "calls": {"scores": POINTS - 1, "round_trip": 48, "samples": NEAR_POINTS - 1},
         }
-        _write_json(self.out / RECORD, record)
+        write_json(self.out / RECORD, record, indent=2)
         return Audit(
             self.out, len(self.names), self.known.said, tuple(self.summary), tuple(self.left)
         )
@@ -766,7 +755,7 @@ def measure(
     folder = _folder(images, "images")
     beside = None if reference is None else _folder(reference, "reference")
     made_in = _out_folder(out, [folder, *([] if beside is None else [beside])])
-    names = [path.relative_to(folder).as_posix() for path in _folder_files(folder)]
+    names = [path.relative_to(folder).as_posix() for path in folder_files(folder)]
     left = _known_beforehand(len(names))
     name = _model_name(model)
     loaded = load_model(name, device=device, revision=revision, backend=backend)
@@ -789,12 +778,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
         for name in ("pictures.npz", "gaussianity.csv", "separability.csv"):
             (out / name).unlink(missing_ok=True)
         rmtree(out / "samples", ignore_errors=True)
-    _write_json(out / RECORD, settings)
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    text = json.dumps(record, indent=2) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_json(out / RECORD, settings, indent=2)
 
 
 def _known_beforehand(n: int) -> list[LeftOut]:
@@ -864,8 +848,7 @@ def _build_page(folder: Path) -> Path:
         "html": {"use_issues_button": False, "use_repository_button": False},
     }
     for name, content in (("_config", config), ("_toc", {"format": "jb-book", "root": "report"})):
-        text = yaml.safe_dump(content, sort_keys=False)
-        write_whole(folder / f"{name}.yml", lambda partial, text=text: partial.write_text(text))
+        write_text(folder / f"{name}.yml", yaml.safe_dump(content, sort_keys=False))
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--all", "-q"]
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     page = folder / "_build" / "html" / "report.html"

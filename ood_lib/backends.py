@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ood_lib.domains import project_root
+from ood_lib.files import project_root, write_whole
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -37,7 +36,6 @@ __all__ = [
     "compile_cached",
     "forward_of",
     "import_openvino",
-    "write_whole",
 ]
 
 BACKENDS = ("auto", "torch", "openvino")
@@ -305,6 +303,8 @@ def compile_cached(
         # where it is left out some processors take bf16, which was off by 5 % in another network
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # pinned, the threads of every process would share the same cores, and idle ones stay idle
+        "ENABLE_CPU_PINNING": False,
     }
     processor = core.get_property("CPU", "FULL_DEVICE_NAME")
     shapes = [tuple(x.shape) for x in example] if fixed else "any shape"
@@ -338,30 +338,6 @@ def _read_blob(path: Path) -> bytes | None:
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             return content[32:]
     return None
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name first, so that a reader never meets half a file.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder is made where it is missing.
-    write : callable
-        Writes the content to the path that it is given.
-
-    Examples
-    --------
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     write_whole(Path(folder) / "new" / "file", lambda path: path.write_text("whole"))
-    ...     (Path(folder) / "new" / "file").read_text()
-    'whole'
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    write(partial)
-    partial.replace(path)
 
 
 def batched(

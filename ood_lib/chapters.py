@@ -19,7 +19,6 @@ import sys
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,9 @@ import yaml
 from nbformat import NotebookNode
 from PIL import Image
 
-from ood_lib.domains import project_root
-from ood_lib.results import LEDGER, RESULTS_DIR, SCORECARD, load_claims, write_text
+from ood_lib.domains import did_you_mean
+from ood_lib.files import from_root, project_root, write_text
+from ood_lib.results import LEDGER, RESULTS_DIR, SCORECARD, load_claims
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -140,7 +140,7 @@ def notebook_path(slug: str) -> Path:
     """
     known = chapter_slugs()
     if slug not in known:
-        raise ValueError(f"unknown chapter {slug!r}{_nearest(slug, known)}")
+        raise ValueError(f"unknown chapter {slug!r}{did_you_mean(slug, known)}")
     return project_root() / "notebooks" / f"{slug}.ipynb"
 
 
@@ -191,12 +191,6 @@ def expects_verdicts(slug: str) -> bool:
     """
     own = [c for c in load_claims().values() if c.chapter == slug[:2]]
     return any(c.criteria and c.status == "tested" for c in own)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known) or 'none'}"
 
 
 def _read(slug: str) -> NotebookNode:
@@ -325,7 +319,7 @@ def check_parameters(slug: str, params: Mapping[str, Any]) -> None:
     known = parameters_of(slug)
     for name, value in params.items():
         if name not in known:
-            raise ValueError(f"chapter {slug} has no parameter {name!r}{_nearest(name, known)}")
+            raise ValueError(f"chapter {slug} has no parameter {name!r}{did_you_mean(name, known)}")
         if not _fits(value, known[name].kind):
             raise ValueError(
                 f"parameter {name!r} of chapter {slug} is {value!r} ({type(value).__name__}); "
@@ -391,7 +385,7 @@ def scale_parameters(slug: str, scale: str) -> dict[str, Any]:
     folder = project_root() / "workflow" / "scales"
     known = sorted({"book", *(p.stem for p in folder.glob("*.yaml"))})
     if scale not in known:
-        raise ValueError(f"unknown scale {scale!r}{_nearest(scale, known)}")
+        raise ValueError(f"unknown scale {scale!r}{did_you_mean(scale, known)}")
     entries = yaml.safe_load((folder / f"{scale}.yaml").read_text("utf-8")) or {}
     if slug not in entries:
         raise ValueError(
@@ -635,7 +629,7 @@ def run_chapter(
     folder = project_root() / RESULTS_DIR if published else Path(target).resolve().parent
     written = folder / f"{slug[:2]}.json"
     if not published:
-        params = {**params, "results_dir": _from_root(folder)}
+        params = {**params, "results_dir": from_root(folder)}
     derived = [project_root() / LEDGER, project_root() / SCORECARD] if published else []
     # One kernel at a time: two that start together can take the same port (papermill issue 511).
     with _lock("chapter"), _restored_on_failure([written, *derived]):
@@ -697,11 +691,6 @@ def _run_path(slug: str, scale: str, params: Mapping[str, Any]) -> Path:
     given = {k: v for k, v in params.items() if scale_parameters(slug, scale).get(k) != v}
     name = f"{scale}-{_sha(json.dumps(given, sort_keys=True))[:8]}" if given else scale
     return project_root() / "runs" / "chapters" / slug / f"{name}.ipynb"
-
-
-def _from_root(path: Path) -> str:
-    root = project_root()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 @contextlib.contextmanager
@@ -814,7 +803,7 @@ def execute_notebook(
     except papermill.PapermillExecutionError as error:
         raise ChapterFailed(
             f"chapter {source.stem} failed in cell {error.cell_index + 1}: {error.ename}: "
-            f"{error.evalue} (the notebook with its traceback is {_from_root(target)})"
+            f"{error.evalue} (the notebook with its traceback is {from_root(target)})"
         ) from error
     except DeadKernelError as error:
         raise ChapterFailed(

@@ -24,7 +24,8 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from tqdm.auto import trange
 
-from ood_lib.domains import domain_names, project_root, to_channels
+from ood_lib.domains import domain_names, to_channels
+from ood_lib.files import project_root, write_json
 from ood_lib.metrics import Interval, ratio_of_shares
 from ood_lib.priors import FullGaussian
 
@@ -530,7 +531,7 @@ def _save(network: nn.Module, record: dict, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: w.contiguous() for name, w in network.state_dict().items()}
     save_file(weights, out / "classifier.safetensors")
-    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "record.json", record)
     (out / "README.md").write_text(_card(record))
     return out
 

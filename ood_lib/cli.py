@@ -65,7 +65,7 @@ def train(
 ) -> None:
     """Train a model on a domain; a killed run goes on where its last checkpoint stands."""
     from ood_lib import training
-    from ood_lib.domains import project_root
+    from ood_lib.files import project_root
     from ood_lib.models import check_device
     from ood_lib.sources import train_images
 
@@ -336,7 +336,7 @@ def train_domain_classifier(
 ) -> None:
     """Train the classifier of domains on the shipped sets and judge it on what is held out."""
     from ood_lib.classifier import train_classifier
-    from ood_lib.domains import project_root
+    from ood_lib.files import project_root
 
     made = train_classifier(out or project_root() / "data" / "classifier", seed=seed)
     typer.echo(f"wrote {made}")

@@ -7,9 +7,9 @@ would separate two domains by itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ood_lib.files import project_root
+
 if TYPE_CHECKING:
     from ood_lib.models import FrozenModel
 
@@ -27,11 +29,13 @@ __all__ = [
     "MIN_SIDE",
     "SPLITS",
     "ImageRows",
+    "did_you_mean",
     "domain_names",
+    "folder_files",
     "load_images",
     "open_images",
-    "project_root",
     "resize",
+    "to_bytes",
     "to_channels",
     "to_float",
 ]
@@ -40,36 +44,6 @@ MIN_SIDE = 8
 SPLITS = ("fit", "heldout", "train")
 LUMA = (0.299, 0.587, 0.114)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-def project_root() -> Path:
-    """Folder that holds ``_config.yml``, ``data`` and ``runs``.
-
-    Returns
-    -------
-    Path
-        ``$OOD_ROOT`` if set, else the nearest parent of the working folder or of this file that
-        holds ``_config.yml``.
-
-    Raises
-    ------
-    ValueError
-        If no such folder is found.
-
-    Examples
-    --------
-    >>> (project_root() / "data").is_dir()
-    True
-    """
-    if "OOD_ROOT" in os.environ:
-        return Path(os.environ["OOD_ROOT"]).resolve()
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
-        for folder in (start, *start.parents):
-            if (folder / "_config.yml").is_file() and (folder / "data").is_dir():
-                return folder
-    raise ValueError(
-        "no project folder found from here; set OOD_ROOT to the folder with _config.yml"
-    )
 
 
 def resize(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -191,6 +165,52 @@ def to_float(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(array.transpose(0, 3, 1, 2)).float() / 255
 
 
+def to_bytes(images: torch.Tensor) -> np.ndarray:
+    """Turn images into pixels as a file holds them.
+
+    Parameters
+    ----------
+    images : Tensor of shape (N, C, H, W)
+        In [-1, 1]; what lies beyond is clipped.
+
+    Returns
+    -------
+    ndarray of shape (N, C, H, W)
+        uint8.
+
+    Examples
+    --------
+    >>> to_bytes(torch.tensor([-2.0, 0.0, 1.0]).reshape(1, 1, 1, 3)).tolist()
+    [[[[0, 128, 255]]]]
+    """
+    return images.clamp(-1, 1).add(1).mul(127.5).round().byte().numpy()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """End of a sentence that refuses an unknown name.
+
+    Parameters
+    ----------
+    name : str
+        What came.
+    known : iterable of str
+        What could have come.
+
+    Returns
+    -------
+    str
+        The nearest known name, or all of them where none is near.
+
+    Examples
+    --------
+    >>> did_you_mean("digit", ["digits", "faces"])
+    "; did you mean 'digits'?"
+    """
+    known = list(known)
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known) or 'none'}"
+
+
 Reader = Callable[[np.ndarray, int | None, int | None], torch.Tensor]
 
 
@@ -297,7 +317,30 @@ def _open(label: str, source: Path | BytesIO | None) -> torch.Tensor:
         raise ValueError(f"{label} is not a readable image ({error}); mend or remove it") from error
 
 
-def _folder_files(folder: Path) -> list[Path]:
+def folder_files(folder: Path) -> list[Path]:
+    """List the image files of a folder and of the folders in it, in the order in which they are read.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder; names that begin with a dot do not count.
+
+    Returns
+    -------
+    list of Path
+        Sorted.
+
+    Raises
+    ------
+    ValueError
+        If it holds another kind of file, or no image.
+
+    Examples
+    --------
+    >>> folder_files(Path("no-such-folder"))
+    Traceback (most recent call last):
+    ValueError: no-such-folder holds no images; put .png, ... files in it
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     for path in files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -335,7 +378,7 @@ def _read_dataset(name: str, split: str) -> Any:
 
 
 def _open_folder(folder: Path) -> tuple[int, Reader]:
-    files = _folder_files(folder)
+    files = folder_files(folder)
 
     def decode(places: np.ndarray, side: int | None, channels: int | None) -> torch.Tensor:
         chosen = (files[i] for i in places.tolist())

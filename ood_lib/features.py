@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ood_lib.backends import compile_cached, import_openvino, write_whole
-from ood_lib.domains import project_root, resize, to_channels
+from ood_lib.backends import compile_cached, import_openvino
+from ood_lib.domains import resize, to_channels
+from ood_lib.files import project_root, write_whole
 
 __all__ = ["RUNTIMES", "imagenet"]
 

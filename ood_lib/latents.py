@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ood_lib.domains import ImageRows, open_images, project_root
+from ood_lib.domains import ImageRows, open_images
+from ood_lib.files import project_root
 from ood_lib.inversion import Inversion, invert
 from ood_lib.models import FrozenModel, load_model, zero_model
 

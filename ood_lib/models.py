@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ood_lib.backends import PRECISIONS, choose_backend, forward_of
 from ood_lib.checkpoints import load_checkpoint
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.schedule import NoiseSchedule, from_diffusers
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from scipy.special import gammaln, hyp1f1
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 
 __all__ = [
     "DRAWS",

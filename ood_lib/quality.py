@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from ood_lib.classifier import load_classifier
-from ood_lib.domains import load_images, project_root
+from ood_lib.domains import load_images, to_bytes
 from ood_lib.features import imagenet
+from ood_lib.files import project_root, write_json
 from ood_lib.inversion import generate
 from ood_lib.metrics import Interval, jackknife, kid, prdc
 from ood_lib.models import FrozenModel, load_model, pipeline_folder
 from ood_lib.priors import make_prior
-from ood_lib.results import write_text
 from ood_lib.schedule import uniform_log_sigma
 from ood_lib.sources import train_images
 
@@ -67,7 +67,7 @@ def draw_samples(
 
 
 def _as_stored(images: torch.Tensor) -> torch.Tensor:
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return torch.from_numpy(to_bytes(images.float())).float() / 127.5 - 1
 
 
 def _to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -249,7 +249,7 @@ def measure_quality(
         "held_out_share": round(float(load_classifier().is_domain(held_out, domain).mean()), 4),
         "lines": measured,
     }
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     return path
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from ood_lib.domains import project_root
+from ood_lib.files import project_root, write_text
 
 __all__ = [
     "VERDICTS",
@@ -484,22 +484,6 @@ def _plain(value: Any) -> Any:
     raise ValueError(
         f"{value!r} is a {type(value).__name__}; record numbers, texts, lists or mappings"
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that no reader ever sees half of it.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder is made where it is missing.
-    text : str
-        The whole content, written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8", newline="\n")
-    staged.replace(path)
 
 
 def _check_complete(chapter: str, verdicts: Sequence[Verdict]) -> None:

@@ -7,7 +7,6 @@ where it beats its twin.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,10 @@ import torch
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
-from ood_lib.backends import write_whole
 from ood_lib.classifier import SIDE, load_classifier
-from ood_lib.domains import domain_names, load_images, open_images
+from ood_lib.domains import domain_names, load_images, open_images, to_bytes
 from ood_lib.features import imagenet
+from ood_lib.files import write_json
 from ood_lib.inversion import generate
 from ood_lib.latents import LatentSpec, get
 from ood_lib.metrics import COPY, SampleQuality, sample_quality
@@ -141,7 +140,8 @@ class ReferenceSet:
         features = imagenet(self.images)
         if len(features) < 2:
             raise ValueError("a mosaic needs two references or more, not 1")
-        usual = np.median(NearestNeighbors(n_neighbors=1).fit(features).kneighbors()[0])
+        near = NearestNeighbors(n_neighbors=1).fit(features)
+        usual = np.median(near.kneighbors()[0])
         if usual <= COPY * np.abs(features).max():
             raise ValueError(
                 f"half of the {len(features)} references or more are copies of others; remove them"
@@ -150,8 +150,7 @@ class ReferenceSet:
         def too_wide(window: float) -> bool:
             recipe, rng = Recipe(options={"window": window}), np.random.default_rng(0)
             made = imagenet(twin(self, recipe, n=TRIED, rng=rng))
-            nearest = NearestNeighbors(n_neighbors=1).fit(features).kneighbors(made)[0]
-            return bool(np.median(nearest) < NEW_ENOUGH * usual)
+            return bool(np.median(near.kneighbors(made)[0]) < NEW_ENOUGH * usual)
 
         return WINDOWS[max(bisect_left(WINDOWS, True, key=too_wide) - 1, 0)]
 
@@ -599,7 +598,7 @@ def write(out: Path, made: Samples, known: ReferenceSet, record: Mapping[str, An
     """
     out.mkdir(parents=True, exist_ok=True)
     width = max(3, len(str(len(made.images) - 1)))
-    pixels = ((made.images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = to_bytes(made.images).transpose(0, 2, 3, 1)
     for k, image in enumerate(pixels):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
             out / f"{k:0{width}d}.png"
@@ -608,6 +607,5 @@ def write(out: Path, made: Samples, known: ReferenceSet, record: Mapping[str, An
     strips = {"real, held out": known.heldout, "drawn": made.images}
     image_rows(strips, lines=lines).savefig(out / "grid.png")
     recipe = {"prior": made.recipe.prior, "sigma": made.recipe.sigma, **made.recipe.options}
-    text = json.dumps({"recipe": recipe, "nfe": made.nfe, **record}, indent=2) + "\n"
-    write_whole(out / "metrics.json", lambda partial: partial.write_text(text))
+    write_json(out / "metrics.json", {"recipe": recipe, "nfe": made.nfe, **record}, indent=2)
     return out

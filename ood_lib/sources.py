@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ood_lib.domains import project_root, resize, to_float
+from ood_lib.domains import resize, to_float
+from ood_lib.files import project_root
 
 __all__ = ["build_domain", "map_roles", "train_images", "trainable"]
 

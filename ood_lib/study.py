@@ -18,8 +18,8 @@ import torch
 from sklearn.linear_model import LinearRegression
 
 from ood_lib import geometry, separability
-from ood_lib.backends import write_whole
-from ood_lib.domains import load_images, open_images, project_root
+from ood_lib.domains import domain_names, load_images, open_images
+from ood_lib.files import project_root, write_text
 from ood_lib.gaussianity import FAMILIES, report
 from ood_lib.gram import draw_weights, gram_matrix
 from ood_lib.inversion import generate, invert
@@ -77,25 +77,26 @@ WAYS = {
 }
 
 
-def own_domain(name: str) -> str:
-    """Domain that a model of the zoo was trained on.
+def own_domain(name: str) -> str | None:
+    """Domain that a model was trained on, as far as it is known.
 
     Parameters
     ----------
     name : str
-        Model name, family-domain-size.
+        Model name; those of the zoo are family-domain-size.
 
     Returns
     -------
-    str
-        Domain name.
+    str or None
+        Shipped domain; None for a model that is not of the zoo, or whose domain is not shipped.
 
     Examples
     --------
     >>> own_domain("ddpm-fashion-32-b")
     'fashion'
     """
-    return name.split("-")[1]
+    domain = name.split("-")[1] if name in model_names() and "-" in name else None
+    return domain if domain in domain_names() else None
 
 
 def affine_share(images: torch.Tensor, latent: torch.Tensor, *, width: int = 7) -> float:
@@ -790,4 +791,4 @@ def write_table(name: str, *, again: bool = False) -> Path:
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     text = table.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_text(path, text)

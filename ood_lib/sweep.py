@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -27,12 +26,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ood_lib.backends import write_whole
-from ood_lib.domains import domain_names, open_images, project_root
+from ood_lib.domains import did_you_mean, open_images, to_bytes
+from ood_lib.files import from_root, project_root, write_whole
 from ood_lib.latents import LatentSpec
 from ood_lib.latents import path_of as latents_path
 from ood_lib.metrics import SampleQuality
-from ood_lib.models import FrozenModel, load_model, model_names
+from ood_lib.models import FrozenModel, load_model
 from ood_lib.priors import PRIORS
 from ood_lib.sampling import (
     JUDGED,
@@ -45,6 +44,7 @@ from ood_lib.sampling import (
     sample,
     spec_of,
 )
+from ood_lib.study import own_domain
 
 __all__ = [
     "Cell",
@@ -167,7 +167,7 @@ class Grid:
             for model, domain, solver, prior, seed in product(
                 self.models, self.domains, self.solvers, self.priors, self.seeds
             )
-            if domain != _own(model)
+            if domain != own_domain(model)
         ]
 
     def latents(self, cell: Cell) -> LatentSpec:
@@ -304,7 +304,7 @@ def _grid(name: str, given: Mapping[str, Any]) -> Grid:
     known = {field.name: field for field in fields(Grid)}
     for key in given:
         if key not in known:
-            raise ValueError(f"{name} has an unknown key {key!r}{_nearest(str(key), known)}")
+            raise ValueError(f"{name} has an unknown key {key!r}{did_you_mean(str(key), known)}")
     for key, field in known.items():
         if key not in given and field.default is MISSING:
             raise ValueError(f"{name} lacks {key}; give a list")
@@ -339,24 +339,12 @@ def _check_values(name: str, grid: Grid) -> None:
     for key, known in (("priors", PRIORS), ("solvers", CALLS_A_STEP)):
         for value in getattr(grid, key):
             if value not in known:
-                raise ValueError(f"{name}: {key} has {value!r}{_nearest(value, known)}")
+                raise ValueError(f"{name}: {key} has {value!r}{did_you_mean(value, known)}")
     pairs = {(cell.model, cell.domain) for cell in grid.cells()}
     if not pairs:
         raise ValueError(f"{name} has no job: each model meets its own domain only")
     for model, domain in sorted(pairs):
         check_judgeable(_model(model), domain, n=grid.draws)
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
-def _own(model: str) -> str | None:
-    """Name the domain that a model of the zoo was trained on, as its name says; of others it is not known."""
-    parts = model.split("-")
-    known = model in model_names() and len(parts) > 1 and parts[1] in domain_names()
-    return parts[1] if known else None
 
 
 @lru_cache(maxsize=32)
@@ -430,7 +418,7 @@ def run_cell(out: Path, grid: Grid, cell: Cell) -> Path:
     made = sample(_model(cell.model), known, recipe, n=grid.draws, rng=rng)
     row = asdict(cell) | {"references": len(known.images), "draws": grid.draws, "nfe": made.nfe}
     row |= {"window": made.recipe.options.get("window")} | _measures(quality(made.images, known))
-    pixels = made.images[:SHOWN].add(1).mul(127.5).round().byte().numpy()
+    pixels = to_bytes(made.images[:SHOWN])
     write_whole(path, lambda partial: _save(partial, row, pixels))
     return path
 
@@ -527,7 +515,7 @@ def run(
     root = project_root()
     profiles = {p.name: None for p in (root / "workflow" / "profiles").iterdir()}
     if profile not in profiles:
-        raise ValueError(f"unknown profile {profile!r}{_nearest(profile, profiles)}")
+        raise ValueError(f"unknown profile {profile!r}{did_you_mean(profile, profiles)}")
     out.mkdir(parents=True, exist_ok=True)
     paths = _paths(out, grid)
     log = out / "workflow.log"
@@ -572,14 +560,8 @@ def command_of(grid_file: Path, out: Path, *, cores: int = 2, profile: str = "lo
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(folder / "sweep.smk")),
         *("--profile", str(folder / "profiles" / profile), "--cores", str(cores)),
-        *("--config", f"grid={_from_root(grid_file)}", f"out={_from_root(out)}"),
+        *("--config", f"grid={from_root(grid_file)}", f"out={from_root(out)}"),
     ]
-
-
-def _from_root(path: Path) -> str:
-    """Write a path as a storage of files can take it: relative where it lies in the project."""
-    path, root = path.resolve(), project_root()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def arguments_of(spec: LatentSpec) -> list[str]:

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ood_lib.backends import write_whole
+from ood_lib.files import write_json, write_whole
 from ood_lib.inversion import generate
 from ood_lib.losses import hybrid_loss, level_weight, simple_loss
 from ood_lib.models import FrozenModel, check_device, from_network, load_model
@@ -820,7 +820,7 @@ def _save(run: TrainingRun, out: Path, name: str) -> None:
         "loss_step": edges[1:].tolist(),
         "loss": [round(float(curve[a:b].mean()), 5) for a, b in pairwise(edges)],
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "training.json", record)
 
 
 CARD = """---

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from ood_lib.analytic import GaussianLaw, analytic_model
-from ood_lib.domains import load_images, project_root
+from ood_lib.domains import load_images
+from ood_lib.files import project_root
 from ood_lib.models import load_model
 from ood_lib.schedule import NoiseSchedule
 

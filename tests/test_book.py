@@ -7,7 +7,8 @@ import yaml
 from bs4 import BeautifulSoup
 
 from ood_lib import chapters, results
-from ood_lib.domains import open_images, project_root
+from ood_lib.domains import open_images
+from ood_lib.files import project_root
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ood_lib import chapters
 from ood_lib.chapters import ChapterFailed, run_chapter, source_hash, stale_chapters
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.results import LEDGER, SCORECARD, load_claims, read_verdicts
 
 SLUG = "01_tiny"
@@ -350,7 +350,7 @@ def test_a_chapter_is_published_stays_fresh_and_survives_a_failure(runnable, cap
     before = contents(runnable)
     assert len(before) == 4
 
-    late = 'from ood_lib.results import write_text\nraise ValueError("the sky fell")'
+    late = 'from ood_lib.files import write_text\nraise ValueError("the sky fell")'
     write_notebook(runnable, run=RUN.replace("value=0.9", "value=0.1"), extra=[new_code_cell(late)])
     with pytest.raises(ChapterFailed, match="failed in cell 4: ValueError: the sky fell"):
         run_chapter(SLUG)

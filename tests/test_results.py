@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ood_lib import results
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.results import Control, ControlFailed, glue_values, judge, load_claims, write_verdicts
 
 CLAIMS = """

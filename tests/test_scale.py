@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ood_lib import scale
 from ood_lib.checkpoints import to_unet
 from ood_lib.cli import app
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.scale import ARCHITECTURES, build, cost_of, count_flops, example, memory_needed, plan
 
 REFERENCES = {"ddpm-256": DDPMUNet, "adm-256": ADMUNet}

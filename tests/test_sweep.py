@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ood_lib import sweep
-from ood_lib.domains import project_root
+from ood_lib.files import project_root
 from ood_lib.sweep import Grid, arguments_of, path_of, plan, read_grid, run, run_cell, write_table
 
 ROOT = project_root()
