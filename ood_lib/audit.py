@@ -498,7 +498,7 @@ def _drawn_from(opened: ImageRows, rows: Sequence[int], rng: np.random.Generator
     if not len(rows):
         raise ValueError("no image is left beside copies of the reference; give others")
     chosen = np.sort(rng.choice(rows, min(SAMPLED, len(rows)), replace=False))
-    return torch.cat([opened.read(row, row + 1) for row in chosen.tolist()])
+    return opened.take(chosen)
 
 
 def _samples(
@@ -507,10 +507,19 @@ def _samples(
     """Draw new images, and the twin of the same prior in pixels; write the former."""
     recipe, kept = sampling.Recipe(), torch.ones(len(images), dtype=torch.bool)
     kept[sampling.held_out(len(kept))] = False
-    level = sampling.level_of(model, recipe.sigma)
+    heldout = images[~kept]
     fitted = images[kept]
-    made = invert(model, fitted, t_end=level, points=NEAR_POINTS, batch_size=batch_size)
-    known = sampling.ReferenceSet("images", made.latent, made.timesteps, fitted, images[~kept])
+
+    def at(sigma: float, images: torch.Tensor) -> sampling.ReferenceSet:
+        way = {"t_end": sampling.level_of(model, sigma), "points": NEAR_POINTS}
+        made = invert(model, images, **way, batch_size=batch_size)
+        place = {"latent": made.latent, "timesteps": made.timesteps, "sigma": sigma}
+        return sampling.ReferenceSet("images", images=images, heldout=heldout, **place)
+
+    rows = np.linspace(0, len(fitted) - 1, min(len(fitted), sampling.ASKED)).round()
+    asked = fitted[rows.astype(int)]
+    levels = [at(sigma, asked) for sigma in sampling.levels_within(model)]
+    known = at(sampling.best_level(model, levels), fitted)
     rng = np.random.default_rng([seed, 4])
     drawn = sampling.sample(model, known, recipe, n=DRAWN, rng=rng, batch_size=batch_size)
     twin = sampling.twin(known, recipe, n=DRAWN, rng=np.random.default_rng([seed, 4]))

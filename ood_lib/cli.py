@@ -225,7 +225,7 @@ def sample(
         str | None, typer.Option(help="a prior of ood_lib.priors, in place of the default")
     ] = None,
     sigma: Annotated[
-        float | None, typer.Option(help="noise over signal of the latents, in place of the default")
+        float | None, typer.Option(help="noise over signal of the latents, in place of the best")
     ] = None,
     references: Annotated[
         int | None, typer.Option(help="first so many images that are fitted to; all by default")
@@ -239,12 +239,11 @@ def sample(
     from ood_lib import sampling
     from ood_lib.models import load_model
 
-    chosen = {"prior": prior, "sigma": sigma}
-    recipe = sampling.Recipe(**{key: x for key, x in chosen.items() if x is not None})
+    recipe = sampling.Recipe() if prior is None else sampling.Recipe(prior)
     frozen = load_model(model)
     sampling.check_judgeable(frozen, domain, n=n)
     with _warnings_as_sentences():
-        known = sampling.references(frozen, domain, sigma=recipe.sigma, n=references, progress=True)
+        known = sampling.references(frozen, domain, sigma=sigma, n=references, progress=True)
         made = sampling.sample(
             frozen,
             known,
@@ -313,6 +312,20 @@ def sweep(
     typer.echo(str(sweeps.plan(sweeps.read_grid(grid), out)))
     if not dry_run:
         typer.echo(str(sweeps.run(grid, out, cores=cores, profile=profile)))
+
+
+@app.command(hidden=True)
+def settle(
+    grid: Annotated[Path, typer.Argument(help="YAML of a sweep")],
+    number: Annotated[int, typer.Argument(help="place among its cells, from 0")],
+    out: Annotated[Path, typer.Option(help="folder of the sweep")],
+) -> None:
+    """Choose the level of the references of one job of a sweep, and invert them."""
+    from ood_lib import sweep as sweeps
+
+    whole = sweeps.read_grid(grid)
+    with _warnings_as_sentences():
+        typer.echo(str(sweeps.settle(out, whole, whole.cells()[number])))
 
 
 @app.command(hidden=True)

@@ -273,7 +273,27 @@ class ImageRows:
             raise ValueError(
                 f"rows {first} to {stop} of {self.name!r} were asked for; it has rows 0 to {len(self)}"
             )
-        return self.decode(self.chosen[first:stop], self.side, self.channels) * 2 - 1
+        return self.take(np.arange(first, stop))
+
+    def take(self, rows: np.ndarray) -> torch.Tensor:
+        """Read some images, in any order.
+
+        Parameters
+        ----------
+        rows : ndarray of int, shape (n,)
+            Rows, one or more.
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W)
+            float32 in [-1, 1].
+
+        Raises
+        ------
+        ValueError
+            If a file is not a readable image of `MIN_SIDE` pixels or more.
+        """
+        return self.decode(self.chosen[rows], self.side, self.channels) * 2 - 1
 
 
 def _open_shipped(name: str, split: str, root: Path) -> tuple[int, Reader]:

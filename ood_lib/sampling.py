@@ -1,14 +1,14 @@
 """New images of a domain that a frozen model never saw, from a few references.
 
-The references are inverted to one noise level, a prior is fitted to their latents, and its draws are
-decoded. `twin` does the same to the pixels, without a model: a sampler is worth its network calls only
-where it beats its twin.
+The references are inverted to one noise level, low where the network spoils mixed latents and higher where
+it mends them; a prior is fitted to their latents, and its draws are decoded. `twin` does the same to the
+pixels, without a model: a sampler is worth its network calls only where it beats its twin.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ood_lib.features import imagenet
 from ood_lib.files import write_json
 from ood_lib.inversion import generate
 from ood_lib.latents import LatentSpec, get
-from ood_lib.metrics import COPY, SampleQuality, sample_quality
+from ood_lib.metrics import COPY, SampleQuality, kid, sample_quality
 from ood_lib.models import FrozenModel
 from ood_lib.plotting import image_rows
 from ood_lib.priors import make_prior
@@ -34,9 +34,12 @@ __all__ = [
     "Recipe",
     "ReferenceSet",
     "Samples",
+    "best_level",
     "check_judgeable",
+    "choose_level",
     "held_out",
     "level_of",
+    "levels_within",
     "quality",
     "reference_count",
     "references",
@@ -51,7 +54,9 @@ HELD_OUT = 5  # of a folder without splits one image in five is kept for judging
 JUDGES, JUDGED = 28, 14  # so many where there are twice as many; drawn images that can be judged
 WINDOWS = (0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.5, 8.0, 10.0, 13.0, 16.0, 20.0)
 NEW_ENOUGH = 0.9  # of the references' own distances; what the search asked of a sampler
-TRIED = 64  # mosaics a window
+TRIED = 64  # mosaics a window, or a level
+LEVELS = (0.02, 0.06, 0.2)  # noise over signal, from which one is chosen
+ASKED = 64  # references that it is chosen on
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,16 @@ class Recipe:
     ----------
     prior : str, default "mosaic"
         A key of `ood_lib.priors.PRIORS`.
-    sigma : float or None, default 0.1
-        Noise level of the latents, noise over signal, sqrt(1 / alpha_bar - 1); None is the last level.
     options : mapping
         Parameters of the prior. A mosaic without a `window` gets that of the references.
 
     Examples
     --------
-    >>> Recipe("isotropic", sigma=None).options
+    >>> Recipe("isotropic").options
     {}
     """
 
     prior: str = "mosaic"
-    sigma: float | None = 0.1
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -96,6 +98,8 @@ class ReferenceSet:
         Images of the domain that no prior sees.
     solver : str, optional
         Solver of the way to the latents, and of the way back; that of `invert` by default.
+    sigma : float, optional
+        Noise over signal of the latents, sqrt(1 / alpha_bar - 1), where it is to be told.
 
     Examples
     --------
@@ -110,6 +114,7 @@ class ReferenceSet:
     images: torch.Tensor
     heldout: torch.Tensor
     solver: str | None = None
+    sigma: float | None = None
 
     @cached_property
     def window(self) -> float:
@@ -182,15 +187,15 @@ class Samples:
     recipe: Recipe
 
 
-def level_of(model: FrozenModel, sigma: float | None) -> float | None:
+def level_of(model: FrozenModel, sigma: float) -> float | None:
     """Timestep of a noise level.
 
     Parameters
     ----------
     model : FrozenModel
         Gives the schedule.
-    sigma : float or None
-        Noise over signal; None is the last level.
+    sigma : float
+        Noise over signal; infinity is the last level.
 
     Returns
     -------
@@ -208,7 +213,7 @@ def level_of(model: FrozenModel, sigma: float | None) -> float | None:
     >>> level_of(load_model("ddpm-fashion-32"), 0.34)
     99.0
     """
-    if sigma is None:
+    if sigma == np.inf:
         return None
     schedule = model.schedule
     first, last = (float(schedule.sigma(t)) for t in (1.0, schedule.t_end))
@@ -223,7 +228,7 @@ def references(
     model: FrozenModel,
     domain: str,
     *,
-    sigma: float | None = Recipe.sigma,
+    sigma: float | None = None,
     n: int | None = None,
     points: int | None = None,
     solver: str | None = None,
@@ -239,7 +244,7 @@ def references(
         A shipped domain, whose splits "fit" and "heldout" are used; or anything that `load_images` takes,
         of which one image in five is held out, or 28, at most half, if that is more.
     sigma : float, optional
-        Noise level, as in `Recipe`.
+        Noise level, noise over signal, infinity for the last; that of `choose_level` by default.
     n : int, optional
         First `n` references; all by default.
     points : int, optional
@@ -261,29 +266,149 @@ def references(
 
     Examples
     --------
-    >>> references(None, "no-such-domain", sigma=None)
+    >>> references(None, "no-such-domain")
     Traceback (most recent call last):
     ValueError: unknown domain 'no-such-domain'; known are ...
     """
     shipped, count = domain in domain_names(), reference_count(model, domain)
     if n is not None and not 1 <= n <= count:
         raise ValueError(f"n is {n}; {domain} has {count} references beside what is held out")
+    way = {"points": points, "solver": solver, "progress": progress}
+    if sigma is None:
+        sigma = choose_level(model, domain, n=n, **way)
     spec = spec_of(model, domain, sigma=sigma, n=n, points=points, solver=solver)
     found = get(spec, model=model, progress=progress)
-    kept = torch.ones(len(found.images), dtype=torch.bool)
-    if not shipped:
-        kept[held_out(len(kept))] = False
-    heldout = load_images(domain, split="heldout", like=model) if shipped else found.images[~kept]
-    chosen = torch.where(kept)[0][:n]
+    opened = open_images(domain, like=model)
+    beside = np.array([], int) if shipped else held_out(len(opened))
+    if shipped:
+        heldout = load_images(domain, split="heldout", like=model)
+    else:
+        heldout = opened.take(beside) if len(beside) else found.images[:0]
+    chosen = np.setdiff1d(np.arange(len(found.images)), beside)[:n]
     latent, images = found.latent[chosen].double(), found.images[chosen]
-    return ReferenceSet(domain, latent, found.timesteps, images, heldout, solver)
+    return ReferenceSet(domain, latent, found.timesteps, images, heldout, solver, sigma)
+
+
+def choose_level(
+    model: FrozenModel,
+    domain: str,
+    *,
+    n: int | None = None,
+    points: int | None = None,
+    solver: str | None = None,
+    progress: bool = False,
+) -> float:
+    """Choose the noise level at which a sampler of a domain works best, from its references alone.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    domain, n, points, solver, progress
+        As of `references`; 64 references are asked at most.
+
+    Returns
+    -------
+    float
+        Noise over signal, one of `LEVELS`: that of `best_level`.
+
+    Raises
+    ------
+    ValueError
+        As in `references`, or if the schedule has none of the levels.
+
+    Examples
+    --------
+    >>> choose_level(None, "no-such-domain")
+    Traceback (most recent call last):
+    ValueError: unknown domain 'no-such-domain'; known are ...
+    """
+    n = min(n or ASKED, ASKED, reference_count(model, domain))
+    way = {"n": n, "points": points, "solver": solver, "progress": progress}
+    return best_level(
+        model, [references(model, domain, sigma=s, **way) for s in levels_within(model)]
+    )
+
+
+def levels_within(model: FrozenModel) -> list[float]:
+    """List the levels that a sampler may work at.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        Gives the schedule.
+
+    Returns
+    -------
+    list of float
+        Those of `LEVELS` that the schedule has.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model
+    >>> levels_within(load_model("ddpm-fashion-32"))
+    [0.02, 0.06, 0.2]
+    """
+    first, last = (float(model.schedule.sigma(t)) for t in (1.0, model.schedule.t_end))
+    within = [sigma for sigma in LEVELS if first <= sigma <= last]
+    if not within:
+        raise ValueError(
+            f"levels of {model.name} lie from {first:.3g} to {last:.3g}, and none of {LEVELS} there; "
+            "give sigma"
+        )
+    return within
+
+
+def best_level(model: FrozenModel, sets: Sequence[ReferenceSet]) -> float:
+    """Of one set of references at several levels, find the level whose draws are nearest to the set.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        The frozen model.
+    sets : sequence of ReferenceSet
+        The same images, with their latents and `sigma`.
+
+    Returns
+    -------
+    float
+        The `sigma` of one of them.
+
+    Notes
+    -----
+    At each level the same 64 mosaics of latents are decoded, and their kernel distance (KID) to the
+    references is taken in the features of `imagenet`. As parts of the same images stand in the same places
+    at every level, a nearer copy is not what makes one win.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model, zero_model
+    >>> model = zero_model(load_model("ddpm-fashion-32"))
+    >>> images = torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    >>> grid = np.array([0.0, 99.0])
+    >>> known = ReferenceSet("noise", images, grid, images, images, sigma=0.34)
+    >>> best_level(model, [known])
+    0.34
+    """
+    real, recipe = imagenet(sets[0].images), Recipe(options={"window": sets[0].window})
+
+    def distance(known: ReferenceSet) -> float:
+        made = sample(model, known, recipe, n=TRIED, rng=np.random.default_rng(0))
+        return kid(imagenet(made.images), real)
+
+    return min(sets, key=distance).sigma
 
 
 def spec_of(
     model: FrozenModel,
     domain: str,
     *,
-    sigma: float | None = Recipe.sigma,
+    sigma: float,
     n: int | None = None,
     points: int | None = None,
     solver: str | None = None,
@@ -300,7 +425,7 @@ def spec_of(
     Returns
     -------
     LatentSpec
-        Of a folder all images are inverted, whatever `n` is.
+        Of a folder the first images are inverted, until `n` that are not held out are among them.
 
     Examples
     --------
@@ -308,7 +433,9 @@ def spec_of(
     >>> spec_of(load_model("ddpm-fashion-32"), "digits", sigma=0.34, n=8).t_end
     99.0
     """
-    n = n if domain in domain_names() else None
+    if n is not None and domain not in domain_names():
+        count = len(open_images(domain, like=model))
+        n = int(np.setdiff1d(np.arange(count), held_out(count))[n - 1]) + 1
     level = level_of(model, sigma)
     return LatentSpec(model.name, domain, n=n, t_end=level, points=points, solver=solver)
 
@@ -410,9 +537,9 @@ def sample(
     model : FrozenModel
         The frozen model.
     known : ReferenceSet
-        From `references`, at the level of the recipe.
+        From `references`; what is drawn lies at their level.
     recipe : Recipe
-        Prior and level.
+        The prior.
     n : int
         Images.
     rng : numpy.random.Generator
@@ -430,7 +557,7 @@ def sample(
     Raises
     ------
     ValueError
-        If the references are at another level, or too few for the prior.
+        If the references are too few for the prior.
 
     Examples
     --------
@@ -439,16 +566,10 @@ def sample(
     >>> latent = torch.randn(8, 1, 32, 32, dtype=torch.float64)
     >>> grid = np.array([0.0, 99.0])
     >>> known = ReferenceSet("noise", latent, grid, latent.float(), latent.float())
-    >>> drawn = sample(model, known, Recipe("isotropic", 0.34), n=2, rng=np.random.default_rng(0))
+    >>> drawn = sample(model, known, Recipe("isotropic"), n=2, rng=np.random.default_rng(0))
     >>> drawn.images.shape
     torch.Size([2, 1, 32, 32])
     """
-    level = level_of(model, recipe.sigma)
-    if level is not None and level != known.timesteps[-1]:
-        raise ValueError(
-            f"the recipe decodes from t = {level:g}, the references are at "
-            f"t = {known.timesteps[-1]:g}; make them with sigma={recipe.sigma}"
-        )
     recipe = _with_window(recipe, known)
     latent = _drawn(known.latent, known, recipe, n, rng)
     way = {"timesteps": known.timesteps, "solver": known.solver}
@@ -464,7 +585,7 @@ def twin(known: ReferenceSet, recipe: Recipe, *, n: int, rng: np.random.Generato
     known : ReferenceSet
         The references.
     recipe : Recipe
-        Its prior; its level plays no part.
+        Its prior.
     n : int
         Images.
     rng : numpy.random.Generator
@@ -606,6 +727,6 @@ def write(out: Path, made: Samples, known: ReferenceSet, record: Mapping[str, An
     lines = max(1, min(4, len(pixels) // 16))
     strips = {"real, held out": known.heldout, "drawn": made.images}
     image_rows(strips, lines=lines).savefig(out / "grid.png")
-    recipe = {"prior": made.recipe.prior, "sigma": made.recipe.sigma, **made.recipe.options}
+    recipe = {"prior": made.recipe.prior, "sigma": known.sigma, **made.recipe.options}
     write_json(out / "metrics.json", {"recipe": recipe, "nfe": made.nfe, **record}, indent=2)
     return out

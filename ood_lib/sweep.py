@@ -1,8 +1,9 @@
 """Grids of models, domains, priors, solvers and seeds: checked, planned, run by Snakemake, put in one table.
 
-A YAML file names the grid (`read_grid`). Each of its cells is one job of ``workflow/sweep.smk``: the
-references are inverted by ``ood invert``, once for all priors and seeds, and ``ood cell`` draws, judges
-and writes one file whole. `write_table` joins the files. Whatever is there already is not made again.
+A YAML file names the grid (`read_grid`). ``workflow/sweep.smk`` has one job for each model, domain and
+solver, which chooses the noise level and inverts the references (``ood settle``), once for all priors and
+seeds, and one for each cell, which draws, judges and writes one file whole (``ood cell``). `write_table`
+joins the files. Whatever is there already is not made again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -26,23 +27,26 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ood_lib.domains import did_you_mean, open_images, to_bytes
-from ood_lib.files import from_root, project_root, write_whole
+from ood_lib.domains import did_you_mean, to_bytes
+from ood_lib.files import from_root, project_root, write_json, write_whole
 from ood_lib.latents import LatentSpec
-from ood_lib.latents import path_of as latents_path
 from ood_lib.metrics import SampleQuality
 from ood_lib.models import FrozenModel, load_model
 from ood_lib.priors import PRIORS
 from ood_lib.sampling import (
+    ASKED,
     JUDGED,
+    TRIED,
     Recipe,
     ReferenceSet,
     check_judgeable,
+    levels_within,
     quality,
     reference_count,
     references,
     sample,
     spec_of,
+    twin,
 )
 from ood_lib.study import own_domain
 
@@ -55,14 +59,17 @@ __all__ = [
     "path_of",
     "plan",
     "read_grid",
+    "references_path",
     "run",
     "run_cell",
+    "settle",
     "write_table",
 ]
 
 AXES = ("models", "domains", "priors", "solvers", "seeds")
 SHOWN = 16  # drawn images that a cell keeps
 CALLS_A_STEP = {"ab2": 1, "ddim": 1, "heun": 2, "abm2": 2}  # of the solvers that need no companion
+ENDS = ("", "_low", "_high")
 MEASURES = ("kid", "kid_floor", "novelty", "share_ratio", "c2st", "diversity")
 POLL = 0.5  # seconds between looks at what is done
 TIMED = 16  # images of the call that is timed
@@ -134,8 +141,9 @@ class Grid:
         Images to draw, 14 or more.
     points : int, default 13
         Points of the grid to the latents, one more than the steps.
-    sigma : float, default 0.1
-        Noise over signal of the latents.
+    sigma : float, optional
+        Noise over signal of the latents; by default chosen for each model, domain and solver from the
+        references, as `ood_lib.sampling.choose_level` does.
 
     Examples
     --------
@@ -152,7 +160,7 @@ class Grid:
     references: int = 100
     draws: int = 32
     points: int = 13
-    sigma: float = Recipe.sigma
+    sigma: float | None = None
 
     def cells(self) -> list[Cell]:
         """List the jobs, those that share latents together.
@@ -170,42 +178,44 @@ class Grid:
             if domain != own_domain(model)
         ]
 
-    def latents(self, cell: Cell) -> LatentSpec:
-        """Name the latents that a cell needs.
-
-        Parameters
-        ----------
-        cell : Cell
-            One of `cells`.
-
-        Returns
-        -------
-        LatentSpec
-            What `ood invert` has to make.
-        """
-        model = _model(cell.model)
-        return spec_of(model, cell.domain, n=self._fitted(cell), **self._way(cell))
-
-    def known(self, cell: Cell) -> ReferenceSet:
+    def known(self, cell: Cell, sigma: float | None = None) -> ReferenceSet:
         """Read the references of a cell; their latents are made if they are not there.
 
         Parameters
         ----------
         cell : Cell
             One of `cells`.
+        sigma : float, optional
+            Their level where it was chosen before.
 
         Returns
         -------
         ReferenceSet
             `references` of them, or as many as there are.
         """
-        return references(_model(cell.model), cell.domain, n=self._fitted(cell), **self._way(cell))
+        return references(
+            _model(cell.model),
+            cell.domain,
+            sigma=self.sigma if sigma is None else sigma,
+            n=self.fitted(cell),
+            points=self.points,
+            solver=cell.solver,
+        )
 
-    def _fitted(self, cell: Cell) -> int:
+    def fitted(self, cell: Cell) -> int:
+        """Count the images that the prior of a cell is fitted to.
+
+        Parameters
+        ----------
+        cell : Cell
+            One of `cells`.
+
+        Returns
+        -------
+        int
+            `references`, or as many as there are.
+        """
         return min(self.references, reference_count(_model(cell.model), cell.domain))
-
-    def _way(self, cell: Cell) -> dict[str, Any]:
-        return {"sigma": self.sigma, "points": self.points, "solver": cell.solver}
 
     def calls(self, cell: Cell) -> int:
         """Count the network calls of a path.
@@ -334,8 +344,8 @@ def _check_values(name: str, grid: Grid) -> None:
         value = getattr(grid, key)
         if type(value) is not int or value < least:
             raise ValueError(f"{name}: {key} is {value!r}; give a whole number of {least} or more")
-    if not isinstance(grid.sigma, (int, float)) or not grid.sigma > 0:
-        raise ValueError(f"{name}: sigma is {grid.sigma!r}; give a number above 0")
+    if grid.sigma is not None and not (isinstance(grid.sigma, (int, float)) and grid.sigma > 0):
+        raise ValueError(f"{name}: sigma is {grid.sigma!r}; give a number above 0, or leave it out")
     for key, known in (("priors", PRIORS), ("solvers", CALLS_A_STEP)):
         for value in getattr(grid, key):
             if value not in known:
@@ -382,8 +392,66 @@ def path_of(out: Path, grid: Grid, cell: Cell) -> Path:
     >>> path_of(Path("out"), grid, grid.cells()[0]).parent
     PosixPath('out/cells')
     """
-    settings = {k: v for k, v in asdict(grid).items() if k not in AXES}
-    return out / "cells" / f"{cell.name}-{_short_hash(settings)}.npz"
+    return out / "cells" / f"{cell.name}-{_short_hash(_settings(grid))}.npz"
+
+
+def references_path(out: Path, grid: Grid, cell: Cell) -> Path:
+    """Name the file that says at which level the references of a cell lie.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the sweep.
+    grid : Grid
+        Its settings are part of the name.
+    cell : Cell
+        One of its cells; those that differ in prior and seed share the file.
+
+    Returns
+    -------
+    Path
+        A ``.json`` under ``out/references``.
+
+    Examples
+    --------
+    >>> grid = Grid(models=("ddpm-fashion-32",), domains=("digits",), seeds=(0, 1))
+    >>> len({references_path(Path("out"), grid, cell) for cell in grid.cells()})
+    1
+    """
+    shared = replace(cell, prior="", seed=0)
+    return out / "references" / f"{shared.name}-{_short_hash(_settings(grid))}.json"
+
+
+def _settings(grid: Grid) -> dict[str, Any]:
+    return {k: v for k, v in asdict(grid).items() if k not in AXES}
+
+
+def settle(out: Path, grid: Grid, cell: Cell) -> Path:
+    """Choose the level of the references of a cell and invert them; what is there stays.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the sweep.
+    grid : Grid
+        Its settings.
+    cell : Cell
+        One of its cells.
+
+    Returns
+    -------
+    Path
+        The file of `references_path`, with "sigma" as JSON.
+
+    Raises
+    ------
+    ValueError
+        If there are too few references.
+    """
+    path = references_path(out, grid, cell)
+    if not path.is_file():
+        write_json(path, {"sigma": grid.known(cell).sigma})
+    return path
 
 
 def run_cell(out: Path, grid: Grid, cell: Cell) -> Path:
@@ -413,23 +481,25 @@ def run_cell(out: Path, grid: Grid, cell: Cell) -> Path:
     path = path_of(out, grid, cell)
     if path.is_file():
         return path
-    known = grid.known(cell)
-    recipe, rng = Recipe(cell.prior, grid.sigma), np.random.default_rng(cell.seed)
-    made = sample(_model(cell.model), known, recipe, n=grid.draws, rng=rng)
+    known = grid.known(cell, json.loads(settle(out, grid, cell).read_text())["sigma"])
+    recipe, drawn = Recipe(cell.prior), {"n": grid.draws}
+    made = sample(_model(cell.model), known, recipe, rng=np.random.default_rng(cell.seed), **drawn)
+    without = twin(known, made.recipe, rng=np.random.default_rng(cell.seed), **drawn)
     row = asdict(cell) | {"references": len(known.images), "draws": grid.draws, "nfe": made.nfe}
-    row |= {"window": made.recipe.options.get("window")} | _measures(quality(made.images, known))
+    row |= {"window": made.recipe.options.get("window"), "sigma": known.sigma}
+    row |= _measures(quality(made.images, known)) | _measures(quality(without, known), "twin_")
     pixels = to_bytes(made.images[:SHOWN])
     write_whole(path, lambda partial: _save(partial, row, pixels))
     return path
 
 
-def _measures(found: SampleQuality) -> dict[str, float | None]:
-    """Flatten what a table shows of the quality of images."""
+def _measures(found: SampleQuality, whose: str = "") -> dict[str, float | None]:
+    """Flatten what a table shows of the quality of images, under names that begin with whose they are."""
     named = {name: getattr(found, name) for name in MEASURES} | {"coverage": found.prdc["coverage"]}
     row: dict[str, float | None] = {}
     for name, interval in named.items():
         value, low, high = interval or (None, None, None)
-        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        row |= {f"{whose}{name}{end}": x for end, x in zip(ENDS, (value, low, high), strict=True)}
     return row
 
 
@@ -462,13 +532,24 @@ def plan(grid: Grid, out: Path) -> Plan:
     calls: dict[str, int] = dict.fromkeys(grid.models, 0)
     for cell in left:
         calls[cell.model] += grid.draws * grid.calls(cell)
-    for spec, cell in {grid.latents(cell): cell for cell in left}.items():
-        if not latents_path(spec).is_dir():
-            n = spec.n or len(open_images(cell.domain, like=_model(cell.model)))
-            calls[cell.model] += n * grid.calls(cell)
+    for path, cell in {references_path(out, grid, cell): cell for cell in left}.items():
+        if not path.is_file():
+            calls[cell.model] += _settling(grid, cell) * grid.calls(cell)
     seconds = len(left) * BESIDE_CALLS
     seconds += sum(n * _seconds_a_call(name) for name, n in calls.items() if n)
     return Plan(len(cells), len(cells) - len(left), sum(calls.values()), seconds)
+
+
+def _settling(grid: Grid, cell: Cell) -> int:
+    """Count the images that are inverted or decoded until the references of a cell are there."""
+    model, n = _model(cell.model), grid.fitted(cell)
+    asked = min(n, ASKED)
+    at = {"points": grid.points, "solver": cell.solver}
+    levels = [] if grid.sigma else levels_within(model)
+    tried = [spec_of(model, cell.domain, sigma=s, n=asked, **at) for s in levels]
+    final = spec_of(model, cell.domain, sigma=grid.sigma or levels[0], n=n, **at)
+    inverted = [spec.n or n for spec in (*tried, final)]
+    return sum(inverted) + TRIED * len(levels)
 
 
 def _seconds_a_call(name: str) -> float:

@@ -1,6 +1,7 @@
 """Samplers of unseen domains: exact where the model is affine, honest about levels and folders."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from ood_lib.analytic import GaussianLaw, analytic_model
 from ood_lib.features import imagenet
 from ood_lib.inversion import invert
 from ood_lib.models import load_model, zero_model
-from ood_lib.sampling import Recipe, ReferenceSet, level_of, sample, twin
+from ood_lib.sampling import (
+    Recipe,
+    ReferenceSet,
+    best_level,
+    level_of,
+    levels_within,
+    sample,
+    twin,
+)
+from ood_lib.schedule import NoiseSchedule
 
 SHAPE = (1, 4, 4)
 
@@ -37,14 +47,14 @@ def known_of(model, sigma, n=12, seed=0):
     source = torch.Generator().manual_seed(seed)
     images = 0.4 * torch.rand(n, *model.sample_shape, generator=source).double() - 0.3
     made = invert(model, images, t_end=level_of(model, sigma))
-    return ReferenceSet("made up", made.latent, made.timesteps, images, images)
+    return ReferenceSet("made up", made.latent, made.timesteps, images, images, sigma=sigma)
 
 
-@pytest.mark.parametrize("sigma", [0.34, 3.0, None])
+@pytest.mark.parametrize("sigma", [0.34, 3.0, np.inf])
 @pytest.mark.parametrize("prior", ["recombination", "full covariance"])
 def test_an_affine_model_adds_nothing_to_its_pixel_twin(affine, sigma, prior):
     """Chapter 06: affine maps commute with affine combinations, so that both draw the same images."""
-    known, recipe = known_of(affine, sigma), Recipe(prior, sigma)
+    known, recipe = known_of(affine, sigma), Recipe(prior)
     made = sample(affine, known, recipe, n=5, rng=np.random.default_rng(3))
     same = twin(known, recipe, n=5, rng=np.random.default_rng(3))
     assert (made.images - same).abs().max() < 0.01  # what 24 calls of the solver are off
@@ -52,7 +62,7 @@ def test_an_affine_model_adds_nothing_to_its_pixel_twin(affine, sigma, prior):
 
 def test_a_zero_network_scales_and_scaling_commutes_with_every_draw(model):
     zero = zero_model(model)
-    known, recipe = known_of(zero, 1.0), Recipe("isotropic", 1.0)
+    known, recipe = known_of(zero, 1.0), Recipe("isotropic")
     made = sample(zero, known, recipe, n=3, rng=np.random.default_rng(0))
     assert torch.allclose(
         made.images, twin(known, recipe, n=3, rng=np.random.default_rng(0)), atol=1e-3
@@ -62,27 +72,19 @@ def test_a_zero_network_scales_and_scaling_commutes_with_every_draw(model):
 def test_a_level_is_where_noise_over_signal_is_sigma(model):
     for sigma in (0.05, 0.34, 1.0, 12.0):
         assert model.schedule.sigma(level_of(model, sigma)) == pytest.approx(sigma, rel=0.06)
-    assert level_of(model, None) is None
+    assert level_of(model, np.inf) is None
 
 
-@pytest.mark.parametrize("sigma", [0.0, -1.0, 1e4, float("nan")])
+@pytest.mark.parametrize("sigma", [0.0, -1.0, 1e4, float("nan"), -np.inf])
 def test_a_level_outside_the_schedule_is_refused(model, sigma):
     with pytest.raises(ValueError, match=r"levels of ddpm-fashion-32 lie from"):
         level_of(model, sigma)
 
 
-def test_references_at_another_level_are_refused(affine):
-    with pytest.raises(ValueError, match="decodes from t = 99, the references are at t = 285"):
-        sample(
-            affine, known_of(affine, 1.15), Recipe(sigma=0.34), n=2, rng=np.random.default_rng(0)
-        )
-
-
 def test_the_same_seed_draws_the_same_images(affine):
     known = known_of(affine, 1.0)
     first, again = (
-        sample(affine, known, Recipe("isotropic", 1.0), n=4, rng=np.random.default_rng(7))
-        for _ in "ab"
+        sample(affine, known, Recipe("isotropic"), n=4, rng=np.random.default_rng(7)) for _ in "ab"
     )
     assert torch.equal(first.images, again.images)
     assert first.images.abs().max() <= 1
@@ -167,6 +169,31 @@ def test_draws_use_the_window_and_say_so(model):
     assert torch.equal(drawn.images, same.images)
 
 
+def test_the_level_is_that_whose_draws_are_nearest_to_the_references(model):
+    zero, images = zero_model(model), pictures_of("smooth")
+    made = invert(zero, images.double(), t_end=level_of(zero, 0.2))
+    good = ReferenceSet("smooth", made.latent, made.timesteps, images, images, sigma=0.2)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1)).double()
+    spoilt = replace(good, latent=noise, sigma=0.06)
+    assert best_level(zero, [good, spoilt]) == best_level(zero, [spoilt, good]) == 0.2
+
+
+def test_a_level_is_chosen_among_those_that_the_schedule_has(model):
+    late = replace(model, schedule=NoiseSchedule(np.linspace(0.99, 0.001, 1000)))
+    assert levels_within(late) == [0.2]
+    with pytest.raises(ValueError, match="none of"):
+        levels_within(replace(model, schedule=NoiseSchedule(np.linspace(0.9, 0.001, 1000))))
+
+
+def test_of_a_folder_no_more_is_inverted_than_is_asked_for(model, tmp_path):
+    for k in range(60):
+        Image.new("L", (32, 32), k).save(tmp_path / f"{k:02d}.png")
+    spec = sampling.spec_of(model, str(tmp_path), sigma=0.2, n=10)
+    beside = sampling.held_out(60)
+    assert spec.n == 10 + (beside < spec.n).sum()
+    assert spec.n - 1 not in beside
+
+
 @pytest.mark.parametrize(
     ("copies", "message"), [(1, "two references"), (4, "are copies of others")]
 )
@@ -179,7 +206,7 @@ def test_no_window_can_be_told_from_copies(copies, message):
 
 def test_what_is_written_can_be_read_again(affine, tmp_path):
     known = known_of(affine, 1.0)
-    made = sample(affine, known, Recipe("isotropic", 1.0), n=3, rng=np.random.default_rng(0))
+    made = sample(affine, known, Recipe("isotropic"), n=3, rng=np.random.default_rng(0))
     sampling.write(tmp_path / "out", made, known, {"kid": 0.5})
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert record["recipe"] == {"prior": "isotropic", "sigma": 1.0}

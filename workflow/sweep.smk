@@ -2,7 +2,7 @@
 
     snakemake --snakefile workflow/sweep.smk --profile workflow/profiles/local --config grid=GRID out=OUT
 
-`ood sweep` runs it. A cell is written whole or not at all, and `update` keeps one that is there: without it
+`ood sweep` runs it. A file is written whole or not at all, and `update` keeps one that is there: without it
 Snakemake would delete the file of a job that was killed between writing and saying so, and compute it twice.
 """
 
@@ -10,23 +10,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from ood_lib.latents import path_of as latents_path
-from ood_lib.sweep import arguments_of, path_of, read_grid
+from ood_lib.sweep import path_of, read_grid, references_path
 
 FILE, OUT = Path(config["grid"]), Path(config["out"])
 GRID = read_grid(FILE)
 PYTHON = shlex.quote(sys.executable)
 OOD = f"OMP_NUM_THREADS=1 {PYTHON} -m ood_lib.cli"
-STAMPS = OUT / "stamps"
-JOBS = [(path_of(OUT, GRID, cell).name, GRID.latents(cell)) for cell in GRID.cells()]
-CELLS = {name: k for k, (name, _) in enumerate(JOBS)}
-
-
-def name_of(spec):
-    return f"{latents_path(spec).name}.{Path(spec.model).name}"
-
-
-LATENTS = {name_of(spec): spec for _, spec in JOBS}
+WHERE = f"--out {shlex.quote(str(OUT))}"
+JOBS = [(path_of(OUT, GRID, x).name, references_path(OUT, GRID, x).name) for x in GRID.cells()]
+CELLS = {cell: k for k, (cell, _) in enumerate(JOBS)}
+REFERENCES = {references: k for k, (_, references) in enumerate(JOBS)}
 
 
 localrules:
@@ -38,34 +31,36 @@ rule all:
         OUT / "table.parquet",
 
 
-rule latents:
+rule settle:
     output:
-        touch(STAMPS / "latents" / "{latents}"),
+        update(OUT / "references" / "{references}"),
     params:
-        arguments=lambda w: shlex.join(arguments_of(LATENTS[w.latents])),
+        file=shlex.quote(str(FILE)),
+        number=lambda w: REFERENCES[w.references],
+        where=WHERE,
     threads: 1
     resources:
         mem_mb=1500,
         runtime=60,
     shell:
-        "{OOD} invert {params.arguments}"
+        "{OOD} settle {params.file} {params.number} {params.where}"
 
 
 rule cell:
     input:
-        lambda w: ancient(STAMPS / "latents" / name_of(JOBS[CELLS[w.cell]][1])),
+        lambda w: ancient(OUT / "references" / JOBS[CELLS[w.cell]][1]),
     output:
         update(OUT / "cells" / "{cell}"),
     params:
         file=shlex.quote(str(FILE)),
-        out=shlex.quote(str(OUT)),
         number=lambda w: CELLS[w.cell],
+        where=WHERE,
     threads: 1
     resources:
         mem_mb=2000,
         runtime=60,
     shell:
-        "{OOD} cell {params.file} {params.number} --out {params.out}"
+        "{OOD} cell {params.file} {params.number} {params.where}"
 
 
 rule table:
