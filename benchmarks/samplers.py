@@ -204,7 +204,7 @@ def levels(models: list[str]) -> None:
             continue
         model = load_model(name)
         known = known_of(model, domain, sigma, REFERENCES, POINTS)
-        judge = SamplerJudge(domain, known, SEARCH_DRAWS)
+        judge = SamplerJudge(domain, known, min(SEARCH_DRAWS, len(known.heldout) // 2))
         rng = np.random.default_rng(0)
         images = sample(model, known, Recipe(), n=SEARCH_DRAWS, rng=rng).images
         labels = {"model": name, "domain": domain, "sigma": sigma, "window": known.window}
