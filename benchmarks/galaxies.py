@@ -33,6 +33,7 @@ from ood_lib.training import LEARNING_RATES
 SHOWN_MODELS = {"ddpm-fashion-32": "grey", "ddpm-relief-32": "colour"}
 MADE = {
     "default sampler": "default sampler",
+    "level chosen": "level chosen",
     "pixel twin": "pixel twin",
     "fine-tuned": "plain, 1x",
     "frozen": "frozen",

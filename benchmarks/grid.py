@@ -47,8 +47,8 @@ def file_of(name: str) -> Path:
 
 def cells() -> None:
     """Run the sweeps, and put what their cells measured into one table."""
-    tables = [pd.read_parquet(run(file_of(x), ROOT / "runs" / x)) for x in SWEEPS]
-    joined = pd.concat(tables, ignore_index=True).drop(columns=LEFT_OUT)
+    tables = {x: pd.read_parquet(run(file_of(x), ROOT / "runs" / x)) for x in SWEEPS}
+    joined = pd.concat(tables, names=["sweep"]).reset_index("sweep").drop(columns=LEFT_OUT)
     joined.to_csv(RESULTS / "grid.csv", index=False, float_format="%.4g", lineterminator="\n")
 
 

@@ -4,12 +4,14 @@
     .venv/bin/python benchmarks/tuning.py --seeds 1       # the first seed alone
 
 Everyone gets the same 100 references and makes 64 images, judged by the same held-out images. What a
-sampler spends is the unit of cost: 24 network passes for each reference, to invert it, and for each
-image. "1x" is tuning with as many passes, where a training pass of an image counts three; its steps of
-16 images are the same whatever is trained, though the last layer alone needs a third of the operations
-(column `calls`). Drawing from a tuned model comes on top, and is in `passes`. Frozen and tuned models
-draw from the same noise by the preset "converged", 24 calls of a two-step solver; the released code takes
-79 steps of DDIM from t = 900. SDEdit and ILVR take 24 calls too, additive guidance ("CRDI-like") 72.
+sampler spends at one level for all pairs is the unit of cost: 24 network passes for each reference, to
+invert it, and for each image. "level chosen" chooses the level from the references first, as `ood sample`
+does, and spends 3.3 times as many. "1x" is tuning at the unit of cost, where a training pass of an image
+counts three; its steps of 16 images are the same whatever is trained, though the last layer alone needs a
+third of the operations (column `calls`). Drawing from a tuned model comes on top, and is in `passes`.
+Frozen and tuned models draw from the same noise by the preset "converged", 24 calls of a two-step solver;
+the released code takes 79 steps of DDIM from t = 900. SDEdit and ILVR take 24 calls too, additive guidance
+("CRDI-like") 72.
 
 "no step" repeats the first fault of the released code. Its weights are those of the frozen model after
 any number of steps, so few are run. "second output" repeats the other one.
@@ -26,7 +28,7 @@ method on the first pair.
 import argparse
 import time
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -43,7 +45,16 @@ from ood_lib.files import project_root, write_whole
 from ood_lib.metrics import kid, prdc
 from ood_lib.models import FrozenModel
 from ood_lib.rivals import crdi_like, ilvr, sdedit
-from ood_lib.sampling import Recipe, references, sample, twin
+from ood_lib.sampling import (
+    ASKED,
+    TRIED,
+    Recipe,
+    ReferenceSet,
+    levels_within,
+    references,
+    sample,
+    twin,
+)
 from ood_lib.study import own_domain
 from ood_lib.training import fine_tune, forgetting
 
@@ -55,6 +66,7 @@ PAIRS = (
     ("ddpm-relief-32", "galaxies"),
 )
 REFERENCES, DRAWS, SEEDS, LONG_SEEDS = 100, 64, 3, 1
+SIGMA = 0.1  # level of the sampler whose cost is the unit
 CALLS, BATCH, TRAINING = (
     24,
     16,
@@ -102,7 +114,10 @@ TUNED = {
     "last layer, 1x": Tuning("last", 1),
     "last layer, 10x": Tuning("last", 10),
 }
-DECISIVE = ("frozen", "default sampler", "pixel twin", "plain, 0.1x", "plain, 1x", "no step")
+DECISIVE = (
+    *("frozen", "default sampler", "level chosen", "pixel twin"),
+    *("plain, 0.1x", "plain, 1x", "no step"),
+)
 LONG = ("plain, 10x", "LoRA, 10x", "last layer, 10x", "second output, 10x")
 
 
@@ -124,7 +139,7 @@ class Pair:
     def __init__(self, name: str, domain: str) -> None:
         self.name, self.domain, self.own = name, domain, own_domain(name)
         self.model = load_model(name)
-        self.known = references(self.model, domain, n=REFERENCES)
+        self.known = references(self.model, domain, sigma=SIGMA, n=REFERENCES)
         self.own_images = load_images(self.own, split="heldout", like=self.model)
         own_fit = imagenet(load_images(self.own, like=self.model))
         self.judge = Judge(domain, self.known)
@@ -132,6 +147,11 @@ class Pair:
         self.own_floor = kid(own_fit, self.real_own)
         self.even, odd = self.judge.real[::2][:DRAWS], self.judge.real[1::2][:DRAWS]
         self.cover = prdc(odd, self.even).coverage
+
+    @cached_property
+    def chosen(self) -> ReferenceSet:
+        """The references at the level that is chosen from them."""
+        return references(self.model, self.domain, n=REFERENCES)
 
     def judged(self, images: torch.Tensor) -> dict[str, float]:
         """Measure images against held-out ones of the unseen domain."""
@@ -200,6 +220,10 @@ def drawn_by(pair: Pair, method: str, seed: int, rates: dict[str, float]) -> Dra
         rng = np.random.default_rng(seed)
         made = sample(pair.model, pair.known, Recipe(), n=DRAWS, rng=rng)
         return Drawn(made.images, (REFERENCES + DRAWS) * made.nfe)
+    if method == "level chosen":
+        made = sample(pair.model, pair.chosen, Recipe(), n=DRAWS, rng=np.random.default_rng(seed))
+        choosing = len(levels_within(pair.model)) * (ASKED + TRIED)
+        return Drawn(made.images, (REFERENCES + DRAWS + choosing) * made.nfe)
     generator = torch.Generator().manual_seed(seed)
     made = GUIDED[method](pair.model, pair.known.images, n=DRAWS, generator=generator)
     return Drawn(made.images.float().clamp(-1, 1), DRAWS * made.nfe)

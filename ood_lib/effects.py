@@ -24,6 +24,8 @@ class CrossedEffects:
 
     Parameters
     ----------
+    mean : Interval
+        The outcome of a new cell, at the mean of the predictors, with a 95 % interval of this mean.
     slopes : dict of str to Interval
         For each predictor, the change of the outcome per standard deviation of it, with a 95 % interval.
     shares : dict of str to Interval
@@ -33,10 +35,12 @@ class CrossedEffects:
 
     Examples
     --------
-    >>> CrossedEffects({}, {"left": Interval(1.0, 1.0, 1.0)}, 9).n
+    >>> one = Interval(1.0, 1.0, 1.0)
+    >>> CrossedEffects(one, {}, {"left": one}, 9).n
     9
     """
 
+    mean: Interval
     slopes: dict[str, Interval]
     shares: dict[str, Interval]
     n: int
@@ -71,7 +75,7 @@ def crossed_effects(
     Returns
     -------
     CrossedEffects
-        Slopes and shares of variance with 95 % intervals.
+        Mean, slopes and shares of variance with 95 % intervals.
 
     Raises
     ------
@@ -82,8 +86,8 @@ def crossed_effects(
     -----
     :math:`y_{ij} = \mu + \beta^\top x_{ij} + a_i + b_j + e_{ij}` with Gaussian :math:`a, b, e`, fitted by
     restricted maximum likelihood (statsmodels ``MixedLM``, variance components). What is left, e, holds the
-    interaction of the factors and noise. For intervals the fitted law is sampled and fitted again; those of
-    slopes are percentiles of the refitted slopes, those of shares too.
+    interaction of the factors and noise. For intervals the fitted law is sampled and fitted again, and their
+    ends are percentiles of the refitted values.
 
     Examples
     --------
@@ -103,11 +107,12 @@ def crossed_effects(
         _fit(data.assign(outcome=_draw(data, slopes, variances, factors, rng)), predictors, factors)
         for _ in range(resamples)
     ]
+    fixed = {
+        name: _interval(slopes[name], [other[name] for other, _ in refits]) for name in slopes.index
+    }
     return CrossedEffects(
-        {
-            name: _interval(slopes[name], [other[name] for other, _ in refits])
-            for name in predictors
-        },
+        fixed.pop("mean"),
+        fixed,
         {
             name: _interval(
                 variances[name] / variances.sum(), [v[name] / v.sum() for _, v in refits]
