@@ -11,12 +11,9 @@ is done.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, Self
@@ -24,14 +21,11 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import torch
-import yaml
-from nbformat import write as write_notebook
 
-from ood_lib import gaussianity, geometry, sampling, separability
-from ood_lib.chapters import execute_notebook
+from ood_lib import gaussianity, geometry, reports, sampling, separability
 from ood_lib.detectors import STATISTICS, OODDetector
 from ood_lib.domains import ImageRows, folder_files, load_images, open_images, to_bytes
-from ood_lib.files import write_json, write_text, write_whole
+from ood_lib.files import write_json, write_whole
 from ood_lib.gram import pairwise_distances
 from ood_lib.inversion import LARGEST_ERROR, generate, invert, roundtrip
 from ood_lib.latents import SHARD, LatentSet, LatentSpec, shards
@@ -56,7 +50,6 @@ SIMULATED = (256, 100, 50, 32)  # sizes whose null laws are shipped
 PERMUTATIONS, RESAMPLES, BOOTSTRAP = 199, 500, 399
 SHOWN = 16
 RECORD = "audit.json"  # it also marks a folder as that of an audit
-TEMPLATE = Path(__file__).resolve().parent.parent / "notebooks" / "audit.ipynb"
 SCORES = {
     "norm": "norm of the latent",
     "distance": "distance of the latent to the mean of the reference's",
@@ -826,46 +819,11 @@ def render(out: str | Path, *, progress: bool = False) -> Path:
     Traceback (most recent call last):
     ValueError: no-such-folder holds no finished audit; measure comes first
     """
-    _check_renderer()
+    reports.check_renderer()
     folder = Path(out)
     if not (folder / "pictures.npz").is_file():
         raise ValueError(f"{folder} holds no finished audit; measure comes first")
-    folder = folder.resolve()
-    report = execute_notebook(
-        TEMPLATE, folder / "report.ipynb", {"results_dir": "."}, cwd=folder, progress=progress
-    )
-    for cell in report.cells:  # a page shows no parameters of one machine
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata.tags.append("remove-cell")
-    write_whole(folder / "report.ipynb", lambda partial: write_notebook(report, partial))
-    return _build_page(folder)
-
-
-def _check_renderer() -> None:
-    missing = [name for name in ("papermill", "jupyter_book") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the page needs {', '.join(missing)}: pip install 'ood_lib[book]'")
-
-
-def _build_page(folder: Path) -> Path:
-    """Build the HTML of ``report.ipynb``; nothing is executed."""
-    config = {
-        "title": "Audit",
-        "only_build_toc_files": True,
-        "exclude_patterns": ["_build", "samples"],
-        "execute": {"execute_notebooks": "off"},
-        "html": {"use_issues_button": False, "use_repository_button": False},
-    }
-    for name, content in (("_config", config), ("_toc", {"format": "jb-book", "root": "report"})):
-        write_text(folder / f"{name}.yml", yaml.safe_dump(content, sort_keys=False))
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--all", "-q"]
-    made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    page = folder / "_build" / "html" / "report.html"
-    if made.returncode or not page.is_file():
-        raise ValueError(
-            f"the page could not be built ({made.stderr.strip()[-300:]}); the tables are in {folder}"
-        )
-    return page
+    return reports.render("audit", folder, progress=progress)
 
 
 def audit(model: str, images: str | Path, out: str | Path, **options: Any) -> tuple[Audit, Path]:
@@ -896,6 +854,6 @@ def audit(model: str, images: str | Path, out: str | Path, **options: Any) -> tu
     Traceback (most recent call last):
     ValueError: images 'no-such-folder' is no folder; give a folder that holds nothing but image files
     """
-    _check_renderer()
+    reports.check_renderer()
     found = measure(model, images, out, **options)
     return found, render(found.out, progress=bool(options.get("progress")))

@@ -306,12 +306,15 @@ def sweep(
     cores: Annotated[int, typer.Option(help="jobs at a time, one core each")] = 2,
     profile: Annotated[str, typer.Option(help="of workflow/profiles, where jobs run")] = "local",
 ) -> None:
-    """Sample every domain of a grid with every model, and put all measures in one table."""
+    """Sample every domain of a grid with every model: one table of all measures, and a page of it."""
+    from ood_lib import reports
     from ood_lib import sweep as sweeps
 
     typer.echo(str(sweeps.plan(sweeps.read_grid(grid), out)))
     if not dry_run:
+        reports.check_renderer()
         typer.echo(str(sweeps.run(grid, out, cores=cores, profile=profile)))
+        typer.echo(str(sweeps.report(out)))
 
 
 @app.command(hidden=True)

@@ -27,6 +27,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from ood_lib import reports
 from ood_lib.domains import did_you_mean, to_bytes
 from ood_lib.files import from_root, project_root, write_json, write_whole
 from ood_lib.latents import LatentSpec
@@ -60,6 +61,7 @@ __all__ = [
     "plan",
     "read_grid",
     "references_path",
+    "report",
     "run",
     "run_cell",
     "settle",
@@ -68,6 +70,7 @@ __all__ = [
 
 AXES = ("models", "domains", "priors", "solvers", "seeds")
 SHOWN = 16  # drawn images that a cell keeps
+STRIPS = 40  # of them on a page
 CALLS_A_STEP = {"ab2": 1, "ddim": 1, "heun": 2, "abm2": 2}  # of the solvers that need no companion
 ENDS = ("", "_low", "_high")
 MEASURES = ("kid", "kid_floor", "novelty", "share_ratio", "c2st", "diversity")
@@ -672,7 +675,7 @@ def arguments_of(spec: LatentSpec) -> list[str]:
 
 
 def write_table(out: Path, grid: Grid) -> Path:
-    """Join the rows of all cells, in the order of the grid.
+    """Join the rows of all cells, in the order of the grid, and the images that a page shows.
 
     Parameters
     ----------
@@ -684,7 +687,8 @@ def write_table(out: Path, grid: Grid) -> Path:
     Returns
     -------
     Path
-        ``out/table.parquet``, one row a cell.
+        ``out/table.parquet``, one row a cell; ``out/pictures.npz`` has the first draws of the first solver
+        and seed of 40 models, domains and priors at most.
 
     Raises
     ------
@@ -696,5 +700,45 @@ def write_table(out: Path, grid: Grid) -> Path:
     if missing:
         raise ValueError(f"{len(missing)} cells have no file, such as {missing[0]}; run the sweep")
     table = pd.DataFrame([json.loads(str(np.load(path)["row"])) for path in paths])
+    first = table.drop_duplicates(["model", "domain", "prior"]).head(STRIPS)
+    names = first[["model", "domain", "prior"]].map(lambda x: x.rstrip("/").split("/")[-1])
+    drawn = {
+        f"{model} on {domain}, {prior}": np.load(paths[row])["images"]
+        for row, model, domain, prior in names.itertuples()
+    }
+    write_whole(out / "pictures.npz", lambda partial: np.savez_compressed(partial, **drawn))
     write_whole(out / "table.parquet", table.to_parquet)
     return out / "table.parquet"
+
+
+def report(out: Path, *, progress: bool = False) -> Path:
+    """Make the page of a sweep from its table: a notebook, and HTML beside it.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the sweep.
+    progress : bool, default False
+        Show a bar of the cells.
+
+    Returns
+    -------
+    Path
+        ``out/_build/html/report.html``; ``report.ipynb`` can be run again in its folder.
+
+    Raises
+    ------
+    ValueError
+        If there is no table, or the packages that render are missing.
+    ChapterFailed
+        If the notebook fails.
+
+    Examples
+    --------
+    >>> report(Path("no-such-folder"))
+    Traceback (most recent call last):
+    ValueError: no-such-folder holds no table; run the sweep to its end
+    """
+    if not (out / "table.parquet").is_file():
+        raise ValueError(f"{out} holds no table; run the sweep to its end")
+    return reports.render("sweep", out, progress=progress)

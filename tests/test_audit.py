@@ -14,8 +14,8 @@ import torch
 from bs4 import BeautifulSoup
 from PIL import Image
 
-from ood_lib import audit, cli
-from ood_lib.audit import TEMPLATE, measure, render
+from ood_lib import audit, cli, reports
+from ood_lib.audit import measure, render
 from ood_lib.detectors import STATISTICS, OODDetector
 from ood_lib.domains import load_images
 from ood_lib.inversion import invert
@@ -288,14 +288,15 @@ def test_the_page_opens_by_itself_and_describes_its_figures(made):
 
 def test_the_page_of_a_handful_says_what_it_lacks(folders, tmp_path, monkeypatch):
     found = measure("tiny", pictures(tmp_path / "few", 3), tmp_path / "out", reference=folders[1])
-    monkeypatch.setattr(audit, "_build_page", lambda folder: folder / "report.ipynb")
+    monkeypatch.setattr(reports, "build_page", lambda folder, title: folder / "report.ipynb")
     text = render(found.out).read_text("utf-8")
     assert "This part was left out" in text
     assert all(x.reason[:40] in text for x in found.left_out)
 
 
-def test_the_template_tells_and_does_not_compute():
-    for cell in nbformat.read(TEMPLATE, 4).cells:
+@pytest.mark.parametrize("name", ["audit", "sweep"])
+def test_a_template_tells_and_does_not_compute(name):
+    for cell in nbformat.read(reports.TEMPLATES / f"{name}.ipynb", 4).cells:
         assert not cell.get("outputs")
         if cell.cell_type == "code":
             tree = ast.walk(ast.parse(cell.source))

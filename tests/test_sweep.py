@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from PIL import Image
 
 from ood_lib import sampling, sweep
@@ -180,6 +181,21 @@ def test_a_table_needs_every_job(grid, tmp_path):
     table = pd.read_parquet(write_table(tmp_path, grid))
     assert list(table.prior) == ["mosaic", "isotropic"]
     assert table.kid.notna().all()
+
+
+def test_the_page_shows_every_pair_and_describes_its_figures(grid, tmp_path):
+    for cell in grid.cells():
+        run_cell(tmp_path, grid, cell)
+    write_table(tmp_path, grid)
+    page = sweep.report(tmp_path)
+    article = BeautifulSoup(page.read_text("utf-8"), "html.parser").find("article")
+    text = article.get_text(" ")
+    assert "2 cells: 1 models, 1 domains, 2 priors" in text
+    assert "isotropic" in text
+    assert not any(x in text for x in ("Traceback", "np.float64(", "tensor(", str(tmp_path)))
+    figures = article.find_all("img")
+    assert len(figures) == 2
+    assert all(len(x["alt"]) > 20 and (page.parent / x["src"]).is_file() for x in figures)
 
 
 # ------------------------------------------------------------------------------------- Snakemake
