@@ -13,12 +13,16 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from ood_lib.inversion import invert
+from ood_lib.models import FrozenModel
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -29,6 +33,7 @@ __all__ = [
     "Cost",
     "Pass",
     "Plan",
+    "Run",
     "about",
     "build",
     "cost_of",
@@ -38,6 +43,7 @@ __all__ = [
     "measure_pass",
     "memory_needed",
     "plan",
+    "real_runs",
     "rounded",
 ]
 
@@ -88,6 +94,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 # What `invert` holds of each image with solver ab2: 11 float64 states, and the image in float32.
 HELD_STATES = 11.5
+TIMED_CALLS = 5
 USABLE = 0.9  # share of a device's memory that a plan fills
 UNITS = (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
@@ -500,6 +507,81 @@ def plan(
         hours=math.ceil(images / devices) * seconds / 3600,
         latent_bytes=images * cost.latent_bytes,
     )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was really made, beside its plan.
+
+    Parameters
+    ----------
+    images : int
+        Images that were inverted.
+    calls : int
+        Network calls an image.
+    seconds : float
+        Processor time.
+    planned : float
+        Images times calls times the processor time of an image in one call.
+    latent_bytes : int
+        Latents in float32.
+    """
+
+    images: int
+    calls: int
+    seconds: float
+    planned: float
+    latent_bytes: int
+
+
+def real_runs(
+    model: FrozenModel, images: torch.Tensor, sizes: Sequence[int], *, batch: int = 16
+) -> list[Run]:
+    """Invert sets of several sizes, and hold their times against what one network call promises.
+
+    Parameters
+    ----------
+    model : FrozenModel
+        A small model; a call of it must not take long.
+    images : Tensor of shape (N, C, H, W)
+        As many images as the largest size, at least `batch`.
+    sizes : sequence of int
+        Images of each run.
+    batch : int, default 16
+        Images in a network call.
+
+    Returns
+    -------
+    list of Run
+        One a size.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer images than a run or a call needs.
+
+    Examples
+    --------
+    >>> from ood_lib.models import load_model, zero_model
+    >>> model = zero_model(load_model("ddpm-fashion-32"))
+    >>> [run.images for run in real_runs(model, torch.zeros(2, 1, 32, 32), [1, 2], batch=2)]
+    [1, 2]
+    """
+    if len(images) < max(*sizes, batch):
+        raise ValueError(f"there are {len(images)} images; {max(*sizes, batch)} are needed")
+    model.eps(images[:batch], 1.0)  # the first call sets up
+    started = time.process_time()
+    for _ in range(TIMED_CALLS):
+        model.eps(images[:batch], 1.0)
+    call = (time.process_time() - started) / TIMED_CALLS / batch
+    runs = []
+    for n in sizes:
+        started = time.process_time()
+        made = invert(model, images[:n], batch_size=batch)
+        seconds = time.process_time() - started
+        planned = n * made.nfe * call
+        runs.append(Run(n, made.nfe, seconds, planned, 4 * made.latent.numel()))
+    return runs
 
 
 def rounded(value: float, digits: int = 1) -> float:
