@@ -247,7 +247,7 @@ def every_pair(models: list[str]) -> None:
 
 
 def numbers(models: list[str]) -> None:
-    """Draw the default and its twin with few to many references."""
+    """Draw the default at one level, and its twin, with few to many references."""
     path = RESULTS / "sampler_numbers.csv"
     there = done(path, "model", "domain")
     for name, domain in CELLS:
@@ -256,12 +256,12 @@ def numbers(models: list[str]) -> None:
         model, rows = load_model(name), []
         most = len(open_images(domain, like=model))
         for n in sorted({min(n, most) for n in NUMBERS}):
-            known = known_of(model, domain, None, n, POINTS)
+            known = known_of(model, domain, NEAR, n, POINTS)
             judge = SamplerJudge(domain, known)
             for seed in range(SEEDS):
                 rng = [np.random.default_rng([seed, 0]) for _ in range(2)]
                 labels = {"model": name, "domain": domain, "references": n, "seed": seed}
-                labels |= {"window": known.window, "sigma": known.sigma}
+                labels["window"] = known.window
                 for sampler, images in (
                     ("default", drawn(model, known, Recipe(), rng[0])),
                     ("default, pixel twin", twin(known, Recipe(), n=DRAWS, rng=rng[1])),

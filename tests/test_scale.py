@@ -21,7 +21,17 @@ from ood_lib import scale
 from ood_lib.checkpoints import to_unet
 from ood_lib.cli import app
 from ood_lib.files import project_root
-from ood_lib.scale import ARCHITECTURES, build, cost_of, count_flops, example, memory_needed, plan
+from ood_lib.models import load_model
+from ood_lib.scale import (
+    ARCHITECTURES,
+    build,
+    cost_of,
+    count_flops,
+    example,
+    memory_needed,
+    plan,
+    real_runs,
+)
 
 REFERENCES = {"ddpm-256": DDPMUNet, "adm-256": ADMUNet}
 COST = scale.Cost("any", 1000, 2_000_000, 4000, 768, 6144, 3072)
@@ -243,6 +253,17 @@ def test_the_least_memory_that_is_named_is_enough():
         make(memory=1e4)
     least = float(re.search(r"give ([\d.e-]+) GB", str(caught.value))[1])
     assert make(memory=1.01 * least * 1e9).batch == 1
+
+
+def test_a_real_run_says_what_was_planned_for_it():
+    model = load_model("ddpm-fashion-32")
+    small, large = real_runs(model, torch.zeros(32, 1, 32, 32), [8, 32], batch=8)
+    assert (small.calls, large.calls) == (24, 24)
+    assert large.planned == pytest.approx(4 * small.planned)
+    assert large.latent_bytes == 32 * 32 * 32 * 4
+    assert 0.4 < large.seconds / large.planned < 2.5
+    with pytest.raises(ValueError, match="there are 4 images; 8 are needed"):
+        real_runs(model, torch.zeros(4, 1, 32, 32), [4, 8], batch=2)
 
 
 def test_unknown_architectures_are_named():
