@@ -5,6 +5,8 @@ import base64
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -549,3 +551,13 @@ def test_pictures_keep_their_colours_and_drawings_are_small(vivid, colours):
     small = chapters._small_png(base64.b64encode(stored.getvalue()).decode())
     with Image.open(io.BytesIO(base64.b64decode(small))) as figure:
         assert len(figure.getcolors()) == colours
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm", "kubernetes"])
+def test_every_profile_can_plan_the_chapters(profile):
+    words = ("-n", "quick", "--profile", f"workflow/profiles/{profile}")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", *words]
+    done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned = done.stdout + done.stderr
+    assert all(f"quick_{slug}" in planned for slug in chapters.chapter_slugs())
