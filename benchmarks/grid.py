@@ -1,6 +1,6 @@
 """Every model on every domain: the tables of chapter 17.
 
-    .venv/bin/python benchmarks/grid.py cells     # data/results/grid.csv: two sweeps, an hour on two cores
+    .venv/bin/python benchmarks/grid.py cells     # data/results/grid.csv, grid_draws.npz: an hour, two cores
     .venv/bin/python benchmarks/grid.py own       # data/results/grid_own.csv: draws of the models' own priors
     .venv/bin/python benchmarks/grid.py gaps      # data/results/grid_gaps.csv: how far the domains lie apart
 
@@ -23,7 +23,7 @@ from tables import append, done
 from ood_lib import load_images, load_model
 from ood_lib.domains import to_channels
 from ood_lib.features import imagenet
-from ood_lib.files import project_root
+from ood_lib.files import project_root, write_whole
 from ood_lib.gaps import denoising_gap, feature_gap, spectrum_gap
 from ood_lib.metrics import kid
 from ood_lib.quality import draw_samples
@@ -34,6 +34,7 @@ ROOT = project_root()
 RESULTS = ROOT / "data" / "results"
 SWEEPS = ("every", "solvers")
 LEFT_OUT = ["references", "draws", "prior"]  # the same in all rows
+SHOWN = 4  # draws of a pair that are kept
 REFERENCES = 100  # of the sweeps
 SIGMA = 0.1  # where the network is asked to denoise
 IMAGES = 50  # as many as the smallest domain has
@@ -49,6 +50,9 @@ def cells() -> None:
     """Run the sweeps, and put what their cells measured into one table."""
     tables = {x: pd.read_parquet(run(file_of(x), ROOT / "runs" / x)) for x in SWEEPS}
     joined = pd.concat(tables, names=["sweep"]).reset_index("sweep").drop(columns=LEFT_OUT)
+    with np.load(ROOT / "runs" / SWEEPS[0] / "pictures.npz") as drawn:
+        first = {name.rsplit(", ", 1)[0]: drawn[name][:SHOWN] for name in drawn}
+    write_whole(RESULTS / "grid_draws.npz", lambda path: np.savez_compressed(path, **first))
     joined.to_csv(RESULTS / "grid.csv", index=False, float_format="%.4g", lineterminator="\n")
 
 

@@ -70,7 +70,7 @@ __all__ = [
 
 AXES = ("models", "domains", "priors", "solvers", "seeds")
 SHOWN = 16  # drawn images that a cell keeps
-STRIPS = 40  # of them on a page
+STRIPS = 60  # of them on a page
 CALLS_A_STEP = {"ab2": 1, "ddim": 1, "heun": 2, "abm2": 2}  # of the solvers that need no companion
 ENDS = ("", "_low", "_high")
 MEASURES = ("kid", "kid_floor", "novelty", "share_ratio", "c2st", "diversity")
@@ -688,7 +688,7 @@ def write_table(out: Path, grid: Grid) -> Path:
     -------
     Path
         ``out/table.parquet``, one row a cell; ``out/pictures.npz`` has the first draws of the first solver
-        and seed of 40 models, domains and priors at most.
+        and seed of 60 models, domains and priors at most.
 
     Raises
     ------
