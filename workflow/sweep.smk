@@ -31,6 +31,8 @@ rule all:
         OUT / "table.parquet",
 
 
+# Measured at 32x32 with 100 references: 45 s and .7 GB to settle, 12 s and .8 GB for a cell, on one core. The
+# blocks leave room for larger networks; a profile or --set-resources may say otherwise.
 rule settle:
     output:
         update(OUT / "references" / "{references}"),
