@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/grid.py gaps      # data/results/grid_gaps.csv: how far the domains lie apart
 
 `cells` runs `ood sweep` on examples/every.yaml and examples/solvers.yaml; what is in runs/ already is kept.
-`own` judges draws of each model's own prior, 24 calls an image, against every domain: against its own this is
+`own` judges draws of each model's own prior, 39 calls an image, against every domain: against its own this is
 what a model of the target reaches, against the others what there is without any image of the target.
 `gaps` compares 50 training images of a model with 50 references of a domain.
 """

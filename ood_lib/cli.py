@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from ood_lib.latents import LatentSet
+    from ood_lib.sweep import Cell, Grid
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 domains_app = typer.Typer(no_args_is_help=True, help="Shipped image sets.")
@@ -324,11 +325,9 @@ def settle(
     out: Annotated[Path, typer.Option(help="folder of the sweep")],
 ) -> None:
     """Choose the level of the references of one job of a sweep, and invert them."""
-    from ood_lib import sweep as sweeps
+    from ood_lib.sweep import settle
 
-    whole = sweeps.read_grid(grid)
-    with _warnings_as_sentences():
-        typer.echo(str(sweeps.settle(out, whole, whole.cells()[number])))
+    _one_job(settle, grid, number, out)
 
 
 @app.command(hidden=True)
@@ -338,11 +337,18 @@ def cell(
     out: Annotated[Path, typer.Option(help="folder of the sweep")],
 ) -> None:
     """Run one job of a sweep."""
-    from ood_lib import sweep as sweeps
+    from ood_lib.sweep import run_cell
 
-    whole = sweeps.read_grid(grid)
+    _one_job(run_cell, grid, number, out)
+
+
+def _one_job(work: Callable[[Path, Grid, Cell], Path], grid: Path, number: int, out: Path) -> None:
+    """Do one part of the work on a cell of a grid, and print the file that it made."""
+    from ood_lib.sweep import read_grid
+
+    whole = read_grid(grid)
     with _warnings_as_sentences():
-        typer.echo(str(sweeps.run_cell(out, whole, whole.cells()[number])))
+        typer.echo(str(work(out, whole, whole.cells()[number])))
 
 
 @classifier_app.command("train")
